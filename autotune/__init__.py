@@ -1,0 +1,1 @@
+"""The tuner: devices, search space, offline compilation, prediction, measurement and search."""

@@ -1,0 +1,1 @@
+"""What gates a change."""
