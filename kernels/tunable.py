@@ -1,0 +1,93 @@
+"""What every kernel family tells the rest of the project about itself.
+
+A kernel file defines one or more `Tunable`s: the config of its launch, the space that a search may draw from,
+how to allocate the tensors of one call, how to launch it on them, and the work it does. The tuner, the verifier
+and the offline compiler know kernels only through this type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Launch choices common to every kernel: warps per program and software-pipeline depth.
+
+    A subclass adds its tiles as ``block_<axis>`` fields and its limits in `refusal`.
+    """
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this config cannot run `problem`, or None. The only statement of the kernel's limits."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                return f"{field.name} {value} is below 1"
+            if (field.name.startswith("block_") or field.name == "num_warps") and value & (value - 1):
+                return f"{field.name} {value} is not a power of two"
+        return None
+
+    def launch_args(self) -> dict[str, int]:
+        """Keyword arguments of the launch: blocks upper-cased to their constexpr names."""
+        return {k.upper() if k.startswith("block_") else k: v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one launch must do at least, for rooflines and useful TFLOP/s.
+
+    `flops`: multiply-adds counted twice, visible pairs only. `bytes`: each input read once, each output written
+    once. `exp2`: exponentials.
+    """
+
+    flops: float
+    bytes: float
+    exp2: float
+
+
+class Allocate(Protocol):
+    """Make the tensors of one call: inputs are drawn from `generator` (left empty on the meta device)."""
+
+    def __call__(
+        self, problem: Problem, device: torch.device, generator: torch.Generator | None
+    ) -> dict[str, Tensor | None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """One kernel as the tuner, the verifier and the offline compiler see it.
+
+    `launch(problem, tensors, config)` launches on what `allocate` made; on the meta device, under the offline
+    compiler's driver, the same call only compiles.
+    """
+
+    name: str
+    config: type[Config]
+    space: Mapping[str, tuple[int, ...]]
+    default: Callable[[Problem, str], Config]
+    allocate: Allocate
+    launch: Callable[[Problem, dict[str, Tensor | None], Config], None]
+    work: Callable[[Problem, Config], Work]
+    kernels: tuple[Any, ...]
+
+    REGISTRY: ClassVar[dict[str, Tunable]] = {}
+
+    def __post_init__(self) -> None:
+        self.REGISTRY[self.name] = self
+
+    def candidates(self, problem: Problem) -> Iterator[tuple[Config, str | None]]:
+        """Every config of the space with its refusal for `problem` (None if legal)."""
+        for values in product(*self.space.values()):
+            config = self.config(**dict(zip(self.space, values, strict=True)))
+            yield config, config.refusal(problem)
