@@ -43,6 +43,28 @@ class Config:
         return {k.upper() if k.startswith("block_") else k: v for k, v in asdict(self).items()}
 
 
+class Schedule(Mapping[str, Config]):
+    """Which config each kernel is launched with; kernels that it does not name use their built-in default."""
+
+    def __init__(self, configs: Mapping[str, Config] | None = None) -> None:
+        self._configs = dict(configs or {})
+
+    def __getitem__(self, kernel: str) -> Config:
+        return self._configs[kernel]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._configs)
+
+    def __len__(self) -> int:
+        return len(self._configs)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._configs.items()))
+
+    def __repr__(self) -> str:
+        return f"Schedule({self._configs!r})"
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one launch must do at least, for rooflines and useful TFLOP/s.
