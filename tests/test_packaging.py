@@ -32,7 +32,7 @@ PACKAGE_DIR: dict[str, str] = SETUPTOOLS["package-dir"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
-# --- what is in it ------------------------------------------------------------------------------------------
+# --- what is in it -----------------------------------------------------------------------------------------------
 
 
 def test_every_folder_with_an_init_is_a_listed_package() -> None:
@@ -63,16 +63,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
     for name in ("pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]):
         shutil.copy(ROOT / name, source / name)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    child = subprocess.run(
-        [sys.executable, "-I", "-c", build, dist], cwd=source, capture_output=True, text=True
-    )
+    child = subprocess.run([sys.executable, "-I", "-c", build, dist], cwd=source, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     return zipfile.Path(next(dist.glob("*.whl")))
 
 
 @pytest.mark.timeout(300)
 def test_the_wheel_holds_every_file_of_our_folders_and_no_other(wheel: zipfile.Path) -> None:
-    names = {name for name in wheel.root.namelist() if ".dist-info/" not in name}
+    names = {name for name in wheel.root.namelist() if ".dist-info/" not in name and name[-1] != "/"}
     assert "cca_attention/py.typed" in names
     assert names == shipped_files()
 
@@ -101,7 +99,7 @@ def test_nothing_puts_the_root_on_the_import_path() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-# --- the pins -----------------------------------------------------------------------------------------------
+# --- the pins ----------------------------------------------------------------------------------------------------
 
 
 def pin_complaints(constraints: str, requirements: list[str], python: str) -> Iterator[str]:
@@ -147,7 +145,7 @@ def test_a_bad_pin_is_seen(constraints: str, complaint: str) -> None:
     assert complaint in list(pin_complaints(constraints, ["torch>=2.9"], "3.11"))
 
 
-# --- what importing it loads --------------------------------------------------------------------------------
+# --- what importing it loads -------------------------------------------------------------------------------------
 
 TOOLS = {"transformers", "optuna", "ray", "typer", "rich", "matplotlib"}
 UNWANTED = TOOLS | {f"cca_attention.{name}" for name in ("autotune", "verify", "ci", "cli", "models")}
@@ -169,7 +167,7 @@ def test_a_loaded_tool_is_seen() -> None:
     assert unwanted_modules("import cca_attention.verify, rich") >= {"cca_attention.verify", "rich"}
 
 
-# --- who may import whom ------------------------------------------------------------------------------------
+# --- who may import whom -----------------------------------------------------------------------------------------
 
 FRONT = {"spec", "problem", "kernels", "profiles", "attention", "cache"}
 ARROWS: dict[str, set[str]] = {
@@ -228,6 +226,23 @@ def crossed_arrows(module: str, source: str) -> Iterator[str]:
             in_kernels = layer == target == "kernels" and inner != "__init__"
             if in_kernels and below[1] not in SHARED_BY_KERNELS:
                 yield f"{module} imports {name}, another kernel file"
+
+
+def bare_imports(source: str) -> list[str]:
+    """Imports of our folders by their own names, which belong to others: `kernels` is Hugging Face's."""
+    ours = {folder for folder in PACKAGE_DIR.values() if "/" not in folder}
+    return [name for name in imports("anywhere", source) if name.split(".")[0] in ours]
+
+
+def test_no_folder_is_imported_by_its_bare_name() -> None:
+    others = [path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    sources = {path: path.read_text() for path in (*modules().values(), *others)}
+    assert not {path.name: bare_imports(source) for path, source in sources.items() if bare_imports(source)}
+
+
+def test_a_bare_name_is_seen() -> None:
+    assert bare_imports("import kernels.forward") and bare_imports("from verify import tolerance")
+    assert not bare_imports("from .kernels import forward\nfrom cca_attention.kernels import forward")
 
 
 @pytest.mark.parametrize("module", modules())

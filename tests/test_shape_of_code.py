@@ -108,9 +108,7 @@ def capitals_are_constexpr(module: Module) -> Iterator[Finding]:
             if is_constexpr(arg.annotation) != arg.arg.isupper():
                 yield arg.lineno, f"{arg.arg} of {kernel.name}: capitals and tl.constexpr go together"
         nodes = list(ast.walk(kernel))
-        said = {
-            node.target for node in nodes if isinstance(node, ast.AnnAssign) and is_constexpr(node.annotation)
-        }
+        said = {node.target for node in nodes if isinstance(node, ast.AnnAssign) and is_constexpr(node.annotation)}
         for node in (node for node in nodes if isinstance(node, ast.Name) and node not in said):
             if isinstance(node.ctx, ast.Store) and node.id.isupper():
                 yield node.lineno, f"{kernel.name} assigns {node.id} and does not say tl.constexpr"
@@ -161,7 +159,7 @@ def no_drawers(module: Module) -> Iterator[Finding]:
         yield 1, f"{part}: name a file after what is in it"
 
 
-# --- the rules and the snippets that prove them -------------------------------------------------------------
+# --- the rules and the snippets that prove them ------------------------------------------------------------------
 
 
 LINE = "    x = 1\n"
