@@ -11,20 +11,23 @@ import math
 import triton
 import triton.language as tl
 
+from ..problem import Problem
+from ..spec import CCASpec
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 
-# how sequences lie in a (B, H, T, D) tensor
-DENSE = tl.constexpr(0)  # row b is one sequence of T tokens
-PADDED = tl.constexpr(1)  # row b holds one sequence at bounds[b, 0] .. bounds[b, 1] - 1
-PACKED = tl.constexpr(2)  # B = 1, and sequence n lies at bounds[n] .. bounds[n + 1] - 1
+# how sequences lie in a (B, H, T, D) tensor; layout.py makes the table of each
+DENSE = tl.constexpr(0)  # row b is one sequence of T tokens; no table
+ROWS = tl.constexpr(1)  # row b holds one sequence; table (B, 4): q_base, k_base, begin, length
+PACKED = tl.constexpr(2)  # B = 1, sequence n lies at table[n] .. table[n + 1] - 1
 
 
 @triton.jit
 def offset(index, strides):
-    """Element offset of `index` in a tensor of `strides`, in 64 bits."""
+    """Element offset of `index` (its leading axes) in a tensor of `strides`, in 64 bits."""
     total = tl.zeros((), tl.int64)
-    for axis in tl.static_range(len(strides)):
+    for axis in tl.static_range(len(index)):
         total += index[axis].to(tl.int64) * strides[axis]
     return total
 
@@ -60,26 +63,44 @@ def last_query_of_token(token, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constex
 
 
 @triton.jit
-def locate(tile, batch, bounds_ptr, num_seqs, seq_len, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
-    """Which sequence a tile of `BLOCK` tokens belongs to: (first token, length, tile within the sequence).
+def locate(tile, batch, table_ptr, num_seqs, seq_len, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
+    """The sequence that a tile of `BLOCK` tokens belongs to: (q_base, k_base, begin, length, tile of the sequence).
 
-    Packed: sequence n owns the tiles `bounds[n] // BLOCK + n` up to the next one's first. That is never fewer than
-    it needs, so the host launches `total // BLOCK + num_seqs` tiles without knowing a length.
+    Position p of the sequence is row q_base + p of q and k_base + p of k and v; the call brings the queries
+    begin .. length - 1. Packed: sequence n owns the tiles from `table[n] // BLOCK + n` up to the next one's first;
+    that is never fewer than it needs, so the host launches `tiles_to_launch` without knowing a length.
     """
+    zero = tl.zeros((), tl.int32)
     if LAYOUT == DENSE:
-        return tl.zeros((), tl.int32), seq_len, tile
-    if LAYOUT == PADDED:
-        first = tl.load(bounds_ptr + 2 * batch)
-        return first, tl.load(bounds_ptr + 2 * batch + 1) - first, tile
-    low = tl.zeros((), tl.int32)
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        owns = tl.load(bounds_ptr + middle) // BLOCK + middle <= tile
-        low = tl.where(owns, middle, low)
-        high = tl.where(owns, high, middle)
-    first = tl.load(bounds_ptr + low)
-    return first, tl.load(bounds_ptr + low + 1) - first, tile - (first // BLOCK + low)
+        q_base, k_base, begin, length = zero, zero, zero, zero + seq_len
+    elif LAYOUT == ROWS:
+        row = table_ptr + 4 * batch
+        q_base, k_base, begin, length = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    else:
+        low, high = zero, zero + num_seqs
+        while high - low > 1:
+            middle = (low + high) // 2
+            owns = tl.load(table_ptr + middle) // BLOCK + middle <= tile
+            low = tl.where(owns, middle, low)
+            high = tl.where(owns, high, middle)
+        q_base = tl.load(table_ptr + low)
+        k_base, begin, length = q_base, zero, tl.load(table_ptr + low + 1) - q_base
+        tile = tile - (q_base // BLOCK + low)
+    return q_base, k_base, begin, length, tile
+
+
+def scale_log2(spec: CCASpec, head_dim: int) -> float:
+    """The softmax scale for base-2 exponentials. A compile-time constant: Triton would round an argument to float32."""
+    return spec.softmax_scale(head_dim) * math.log2(math.e)
+
+
+def visible_pairs(problem: Problem) -> tuple[float, float]:
+    """(query, core) and (query, raw token) pairs of one head of one sequence, in closed form."""
+    t, g, w = problem.seq_len, problem.group_size, problem.window_size
+    late = max(0, t - w)  # queries that see n = floor(x / g) cores, x = 1 .. late
+    whole, rest = divmod(late, g)
+    cores = g * whole * (whole - 1) // 2 + whole * (rest + 1)
+    return float(cores), float(t * (t + 1) // 2 - g * cores)
 
 
 def tiles_to_launch(tokens: int, num_seqs: int, block: int, packed: bool) -> int:
@@ -117,23 +138,36 @@ def store_rows(pointers, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def attend(q, k, v, visible, acc, row_max, row_sum, scale_log2, MASKED: tl.constexpr):
+def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean over `heads` query heads from `head` on, of `rows` [C]: [C, BLOCK_D] float32 (float64 for float64)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = mask[:, None] & (offs_d[None, :] < HEAD_DIM)
+    wide = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([rows.shape[0], BLOCK_D], wide)
+    for h in range(heads):
+        row_offs = offset((batch, head + h, rows), q_strides)
+        total += tl.load(q_ptr + row_offs[:, None] + offs_d[None, :], mask=inside, other=0.0).to(wide)
+    return total / heads
+
+
+@triton.jit
+def attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2: tl.constexpr, MASKED: tl.constexpr):
     """Fold one tile of keys into the online softmax (base 2).
 
     q [Q, D]; k, v [N, D]; visible [Q, N] (not looked at unless MASKED); acc [Q, D], row_max, row_sum [Q] in the
-    accumulator's type. `row_max` is the maximum of `scale_log2 * q.k`, with scale_log2 > 0.
+    accumulator's type. `row_max` is the maximum of ``SCALE_LOG2 * q.k``, with SCALE_LOG2 > 0.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc.dtype)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE_LOG2)
     pivot = new_max
     if MASKED:
         # a row that has seen no key yet keeps a finite pivot: -inf - -inf is NaN
         pivot = tl.where(new_max == -float("inf"), 0.0, new_max)
-    probs = tl.exp2(scores * scale_log2 - pivot[:, None])
+    probs = tl.exp2(scores * SCALE_LOG2 - pivot[:, None])
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(probs, axis=1)
     acc = acc * rescale[:, None]
-    acc = tl.dot(probs.to(v.dtype), v, acc=acc, input_precision="ieee")
+    acc = tl.dot(probs.to(v.dtype), v, acc=acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc, new_max, row_sum

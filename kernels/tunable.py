@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, ClassVar, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
 from ..problem import Problem
@@ -41,6 +42,41 @@ class Config:
     def launch_args(self) -> dict[str, int]:
         """Keyword arguments of the launch: blocks upper-cased to their constexpr names."""
         return {k.upper() if k.startswith("block_") else k: v for k, v in asdict(self).items()}
+
+
+def smallest_block_refusal(config: Config, problem: Problem) -> str | None:
+    """The limits of every kernel built on matrix products: whole powers of two, tiles of at least 16."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name.startswith("block_") and value < 16:
+            return f"{field.name} {value} is below 16, the smallest side of a matrix product"
+    return Config.refusal(config, problem)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two that a tile's last axis has: at least `head_dim` and at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel accumulates in and keeps its statistics in: float32, or float64 for float64 (gradcheck)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw(
+    shapes: Mapping[str, tuple[int, ...]],
+    problem: Problem,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """Standard-normal tensors of the problem's dtype, in the order of `shapes`; empty ones on the meta device."""
+    dtype = getattr(torch, problem.dtype)
+    if device.type == "meta":
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, dtype=torch.float32, device=device, generator=generator).to(dtype)
+        for name, shape in shapes.items()
+    }
 
 
 class Schedule(Mapping[str, Config]):
@@ -83,7 +119,7 @@ class Allocate(Protocol):
 
     def __call__(
         self, problem: Problem, device: torch.device, generator: torch.Generator | None
-    ) -> dict[str, Tensor | None]: ...
+    ) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +135,7 @@ class Tunable:
     space: Mapping[str, tuple[int, ...]]
     default: Callable[[Problem, str], Config]
     allocate: Allocate
-    launch: Callable[[Problem, dict[str, Tensor | None], Config], None]
+    launch: Callable[[Problem, dict[str, Tensor], Any], None]
     work: Callable[[Problem, Config], Work]
     kernels: tuple[Any, ...]
 

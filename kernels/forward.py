@@ -1,0 +1,248 @@
+"""The fused forward: one softmax over visible core tokens and recent raw tokens (spec sections 2 and 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Problem
+from ..spec import CCASpec
+from .layout import Sequences
+from .primitives import (
+    LN_2,
+    PACKED,
+    attend,
+    first_local,
+    load_rows,
+    locate,
+    offset,
+    row_pointers,
+    scale_log2,
+    store_rows,
+    tiles_to_launch,
+    visible_cores,
+    visible_pairs,
+)
+from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
+
+
+@triton.jit
+def sweep(
+    q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, start, stop, first_key, end_key, last,
+    SCALE_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys start .. stop - 1 in tiles of BLOCK; row i sees first_key[i] .. end_key[i] - 1.
+
+    Keys from `last` on are not read. Not MASKED promises that every row sees every key of these tiles.
+    """
+    for key in range(start, stop, BLOCK):
+        offs = key + tl.arange(0, BLOCK)
+        k = load_rows(k_tile + key * k_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(v_tile + key * v_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
+        visible = (offs[None, :] >= first_key[:, None]) & (offs[None, :] < end_key[:, None])
+        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, MASKED)
+    return acc, row_max, row_sum
+
+
+# fmt: off
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, k_core_ptr, v_core_ptr, out_ptr, lse_ptr, table_ptr,
+    q_strides, k_strides, v_strides, core_strides, out_strides, lse_strides,
+    sizes,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # fmt: on
+    """One tile of queries of one head: cores that all rows see, the cores at the edge, then the raw tokens."""
+    head, batch = tl.program_id(1), tl.program_id(2)
+    num_seqs, seq_len, q_per_kv, q_per_core = sizes
+    # the last tiles see the most cores: they start first
+    q_base, k_base, begin, length, tile = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_Q, LAYOUT
+    )
+    first_q = begin + tile * BLOCK_Q
+    if first_q >= length:
+        return
+    end_q = tl.minimum(first_q + BLOCK_Q, length)
+    offs_q = first_q + tl.arange(0, BLOCK_Q)
+    mask_q = offs_q < length
+    core_base = q_base // GROUP_SIZE if LAYOUT == PACKED else 0
+
+    q_tile = row_pointers(q_ptr + offset((batch, head, q_base + first_q), q_strides), BLOCK_Q, BLOCK_D, q_strides[2])
+    q = load_rows(q_tile, mask_q, HEAD_DIM, BLOCK_D, True)
+    wide = lse_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], wide)
+    row_max = tl.full([BLOCK_Q], -float("inf"), wide)
+    row_sum = tl.zeros([BLOCK_Q], wide)
+
+    core_at = offset((batch, head // q_per_core, core_base + tl.zeros((), tl.int32)), core_strides)
+    core_stride = tl.zeros((), tl.int64) + core_strides[2]
+    k_tile = row_pointers(k_core_ptr + core_at, BLOCK_C, BLOCK_D, core_stride)
+    v_tile = row_pointers(v_core_ptr + core_at, BLOCK_C, BLOCK_D, core_stride)
+    first_key = tl.zeros([BLOCK_Q], tl.int32)
+    end_key = visible_cores(offs_q, GROUP_SIZE, WINDOW_SIZE)
+    seen_by_all = visible_cores(first_q, GROUP_SIZE, WINDOW_SIZE)
+    seen_by_any = visible_cores(end_q - 1, GROUP_SIZE, WINDOW_SIZE)
+    edge = seen_by_all // BLOCK_C * BLOCK_C
+    acc, row_max, row_sum = sweep(
+        q, k_tile, v_tile, core_stride, core_stride, acc, row_max, row_sum, 0, edge, first_key, end_key, edge,
+        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, False,
+    )
+    acc, row_max, row_sum = sweep(
+        q, k_tile, v_tile, core_stride, core_stride, acc, row_max, row_sum, edge, seen_by_any, first_key, end_key,
+        seen_by_any, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, True,
+    )
+
+    kv_head = head // q_per_kv
+    k_stride = tl.zeros((), tl.int64) + k_strides[2]
+    v_stride = tl.zeros((), tl.int64) + v_strides[2]
+    k_tile = row_pointers(k_ptr + offset((batch, kv_head, k_base), k_strides), BLOCK_K, BLOCK_D, k_stride)
+    v_tile = row_pointers(v_ptr + offset((batch, kv_head, k_base), v_strides), BLOCK_K, BLOCK_D, v_stride)
+    first_key = first_local(offs_q, GROUP_SIZE, WINDOW_SIZE)
+    end_key = offs_q + 1
+    start = first_local(first_q, GROUP_SIZE, WINDOW_SIZE)
+    # whole tiles that every row sees lie between the last row's first token and the first row itself
+    full = start + tl.cdiv(first_local(end_q - 1, GROUP_SIZE, WINDOW_SIZE) - start, BLOCK_K) * BLOCK_K
+    full_end = full + tl.maximum(first_q + 1 - full, 0) // BLOCK_K * BLOCK_K
+    acc, row_max, row_sum = sweep(
+        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, start, tl.minimum(full, end_q), first_key,
+        end_key, end_q, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
+    )
+    acc, row_max, row_sum = sweep(
+        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, full, full_end, first_key, end_key, end_q,
+        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, False,
+    )
+    acc, row_max, row_sum = sweep(
+        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, full_end, end_q, first_key, end_key, end_q,
+        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
+    )
+
+    row_sum = tl.where(mask_q, row_sum, 1.0)
+    out_at = offset((batch, head, q_base + first_q), out_strides)
+    out_tile = row_pointers(out_ptr + out_at, BLOCK_Q, BLOCK_D, out_strides[2])
+    store_rows(out_tile, acc / row_sum[:, None], mask_q, HEAD_DIM, BLOCK_D)
+    lse = (row_max + tl.log2(row_sum)) * LN_2
+    tl.store(lse_ptr + offset((batch, head, q_base + offs_q), lse_strides), lse, mask=mask_q)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardConfig(Config):
+    """Launch choices of `forward_kernel`: queries, core tokens and raw tokens of a tile."""
+
+    block_q: int = 64
+    block_c: int = 64
+    block_k: int = 64
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this config cannot run `problem`, or None."""
+        return smallest_block_refusal(self, problem)
+
+
+SPACE = {
+    "block_q": (64, 128, 256),
+    "block_c": (32, 64, 128),
+    "block_k": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+
+
+def default_config(problem: Problem, arch: str) -> ForwardConfig:
+    """A config that runs `problem` on every supported GPU; `arch` is "sm_90", "gfx942", "cpu" and the like."""
+    if problem.element_bytes > 2:
+        return ForwardConfig(block_q=32, block_c=32, block_k=32, num_warps=4, num_stages=1)
+    if problem.head_dim > 128:
+        return ForwardConfig(block_q=64, block_c=32, block_k=32, num_warps=4, num_stages=2)
+    if arch in ("sm_90", "sm_100", "sm_103"):
+        return ForwardConfig(block_q=128, block_c=64, block_k=64, num_warps=8, num_stages=3)
+    return ForwardConfig(block_q=128, block_c=32, block_k=32, num_warps=4, num_stages=2)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    spec: CCASpec,
+    sequences: Sequences,
+    config: ForwardConfig,
+) -> None:
+    """Fill `out` and `lse` for every real query.
+
+    Args:
+        q, out: (B, Hq, T, D); k, v: (B, Hkv, T', D), T' = T unless `sequences` is a chunk; any strides, last one 1.
+        k_core, v_core: (B, Hc, C, D) with the same strides.
+        lse: (B, Hq, T) float32 (float64 for float64), natural logarithm; its dtype is the accumulators'.
+    """
+    batch, q_heads, tokens, head_dim = q.shape
+    if 0 in q.shape:
+        return
+    if k_core.stride() != v_core.stride():
+        raise ValueError("k_core and v_core must share their strides")
+    tiles = tiles_to_launch(tokens, sequences.count, config.block_q, sequences.is_packed)
+    sizes = (sequences.count, tokens, q_heads // k.shape[1], q_heads // k_core.shape[1])
+    forward_kernel[tiles, q_heads, batch](
+        q, k, v, k_core, v_core, out, lse, sequences.table,
+        q.stride(), k.stride(), v.stride(), k_core.stride(), out.stride(), lse.stride(),
+        sizes,
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_dim(head_dim),
+        GROUP_SIZE=spec.group_size,
+        WINDOW_SIZE=spec.window_size,
+        SCALE_LOG2=scale_log2(spec, head_dim),
+        LAYOUT=sequences.layout,
+        **config.launch_args(),
+    )  # fmt: skip
+
+
+def work(problem: Problem, config: Config) -> Work:
+    """Two products of the visible pairs; q, k, v, cores read once, out and lse written once."""
+    pairs = problem.batch * problem.q_heads * sum(visible_pairs(problem))
+    t, d, size = problem.seq_len, problem.head_dim, problem.element_bytes
+    core_rows = 2 * problem.num_core_heads * problem.spec.num_groups(t)
+    rows = (2 * problem.q_heads + 2 * problem.kv_heads) * t + core_rows
+    return Work(
+        flops=4.0 * pairs * d,
+        bytes=float(problem.batch * (rows * d * size + problem.q_heads * t * 4)),
+        exp2=pairs,
+    )
+
+
+def allocate(problem: Problem, device: torch.device, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """q, k, v and cores at random; out and lse empty."""
+    b, t, d = problem.batch, problem.seq_len, problem.head_dim
+    cores = (b, problem.num_core_heads, problem.spec.num_groups(t), d)
+    shapes = {"q": (b, problem.q_heads, t, d), "k": (b, problem.kv_heads, t, d), "v": (b, problem.kv_heads, t, d)}
+    tensors = draw(shapes | {"k_core": cores, "v_core": cores}, problem, device, generator)
+    outputs = {
+        "out": torch.empty_like(tensors["q"]),
+        "lse": torch.empty(b, problem.q_heads, t, dtype=accumulator_dtype(tensors["q"].dtype), device=device),
+    }
+    return {**tensors, **outputs}
+
+
+def launch(problem: Problem, tensors: dict[str, Tensor], config: ForwardConfig) -> None:
+    """One launch on what `allocate` made."""
+    launch_forward(**tensors, spec=problem.spec, sequences=Sequences.dense(problem.batch), config=config)
+
+
+FORWARD = Tunable(
+    name="forward",
+    config=ForwardConfig,
+    space=SPACE,
+    default=default_config,
+    allocate=allocate,
+    launch=launch,
+    work=work,
+    kernels=(forward_kernel,),
+)
