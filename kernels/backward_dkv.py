@@ -126,8 +126,10 @@ def backward_dcore_kernel(
     mask_c = offs_c < end_c
     core_base = q_base // GROUP_SIZE if LAYOUT == PACKED else 0
     core_at = offset((batch, core_head, core_base + first_c), core_strides)
-    k_core = load_rows(row_pointers(k_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2]), mask_c, HEAD_DIM, BLOCK_D, True)
-    v_core = load_rows(row_pointers(v_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2]), mask_c, HEAD_DIM, BLOCK_D, True)
+    k_tile = row_pointers(k_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
+    v_tile = row_pointers(v_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
+    k_core = load_rows(k_tile, mask_c, HEAD_DIM, BLOCK_D, True)
+    v_core = load_rows(v_tile, mask_c, HEAD_DIM, BLOCK_D, True)
     start = first_query_of_core(first_c, GROUP_SIZE, WINDOW_SIZE)
     full = first_query_of_core(end_c - 1, GROUP_SIZE, WINDOW_SIZE)
     first_query = first_query_of_core(offs_c, GROUP_SIZE, WINDOW_SIZE)
@@ -137,8 +139,10 @@ def backward_dcore_kernel(
         core_head * q_per_core, q_per_core, q_base, start, full, length - 1, length, first_query, last_query, length,
         SCALE * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
-    store_rows(row_pointers(dk_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2]), dk * SCALE, mask_c, HEAD_DIM, BLOCK_D)
-    store_rows(row_pointers(dv_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2]), dv, mask_c, HEAD_DIM, BLOCK_D)
+    dk_tile = row_pointers(dk_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
+    dv_tile = row_pointers(dv_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
+    store_rows(dk_tile, dk * SCALE, mask_c, HEAD_DIM, BLOCK_D)
+    store_rows(dv_tile, dv, mask_c, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

@@ -103,7 +103,8 @@ def backward_dq_kernel(
     q_tile = row_pointers(q_ptr + offset((batch, head, q_base + first_q), q_strides), BLOCK_Q, BLOCK_D, q_strides[2])
     q = load_rows(q_tile, mask_q, HEAD_DIM, BLOCK_D, True)
     dout_at = offset((batch, head, q_base + first_q), dout_strides)
-    dout = load_rows(row_pointers(dout_ptr + dout_at, BLOCK_Q, BLOCK_D, dout_strides[2]), mask_q, HEAD_DIM, BLOCK_D, True)
+    dout_tile = row_pointers(dout_ptr + dout_at, BLOCK_Q, BLOCK_D, dout_strides[2])
+    dout = load_rows(dout_tile, mask_q, HEAD_DIM, BLOCK_D, True)
     stat_offs = offset((batch, head, q_base + offs_q), lse_strides)
     lse2 = tl.load(lse_ptr + stat_offs, mask=mask_q, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + stat_offs, mask=mask_q, other=0.0)

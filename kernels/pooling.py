@@ -59,10 +59,7 @@ def pooling_kernel(
         tokens = (k_base + offs_c * GROUP_SIZE + start).to(tl.int64)[:, None] + offs_t[None, :]
         k = load_groups(k_head, k_strides[2], tokens, inside, HEAD_DIM, BLOCK_D).to(wide)
         v = load_groups(v_head, v_strides[2], tokens, inside, HEAD_DIM, BLOCK_D).to(wide)
-        if MEAN:
-            scores = tl.zeros([BLOCK_C, BLOCK_T], wide)
-        else:
-            scores = tl.sum(k * q[:, None, :], axis=2) * SCALE_LOG2
+        scores = tl.zeros([BLOCK_C, BLOCK_T], wide) if MEAN else tl.sum(k * q[:, None, :], axis=2) * SCALE_LOG2
         new_max = tl.maximum(row_max, tl.max(tl.where(inside, scores, -float("inf")), axis=1))
         pivot = tl.where(mask_c, new_max, 0.0)
         weights = tl.where(inside, tl.exp2(scores - pivot[:, None]), 0.0)
@@ -98,7 +95,7 @@ def pooling_backward_kernel(
     """
     core_head, batch = tl.program_id(1), tl.program_id(2)
     num_seqs, seq_len, cores_per_kv, q_per_core, HEAD_DIM = sizes
-    q_base, k_base, begin, length, tile = locate(
+    q_base, k_base, _, length, tile = locate(
         tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
     )
     offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -261,7 +258,8 @@ def work(problem: Problem, config: Config) -> Work:
     b, t, d = problem.batch, problem.seq_len, problem.head_dim
     groups = problem.spec.num_groups(t)
     tokens = float(b * problem.num_core_heads * groups * problem.group_size)
-    rows = b * (2 * problem.kv_heads * groups * problem.group_size + (problem.q_heads + 2 * problem.num_core_heads) * groups)
+    heads = 2 * problem.kv_heads * problem.group_size + problem.q_heads + 2 * problem.num_core_heads
+    rows = b * groups * heads
     return Work(flops=6.0 * tokens * d, bytes=float(rows * d * problem.element_bytes), exp2=tokens)
 
 

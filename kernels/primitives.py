@@ -83,8 +83,8 @@ def locate(tile, batch, table_ptr, num_seqs, seq_len, BLOCK: tl.constexpr, LAYOU
             owns = tl.load(table_ptr + middle) // BLOCK + middle <= tile
             low = tl.where(owns, middle, low)
             high = tl.where(owns, high, middle)
-        q_base = tl.load(table_ptr + low)
-        k_base, begin, length = q_base, zero, tl.load(table_ptr + low + 1) - q_base
+        q_base = tl.minimum(tl.load(table_ptr + low), seq_len)
+        k_base, begin, length = q_base, zero, tl.minimum(tl.load(table_ptr + low + 1), seq_len) - q_base
         tile = tile - (q_base // BLOCK + low)
     return q_base, k_base, begin, length, tile
 

@@ -1,0 +1,174 @@
+"""The order of the launches: what one forward and one backward of CCA attention do with the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernels.backward_dkv import launch_backward_dcore, launch_backward_dkv
+from .kernels.backward_dq import launch_backward_dq, launch_delta
+from .kernels.forward import forward_kernel, launch_forward
+from .kernels.layout import Sequences
+from .kernels.pooling import launch_pooling, launch_pooling_backward
+from .kernels.tunable import Config, Tunable, accumulator_dtype
+from .problem import Problem
+from .spec import CCASpec
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+"""Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when triton was imported)."""
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942" and the like; "cpu" for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def problem_of(q: Tensor, k: Tensor, spec: CCASpec) -> Problem:
+    """The problem that tensors q (B, Hq, T, D) and k (B, Hkv, T, D) pose, for the choice of configs."""
+    batch, q_heads, seq_len, head_dim = q.shape
+    return Problem(
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=k.shape[1],
+        seq_len=seq_len,
+        head_dim=head_dim,
+        group_size=spec.group_size,
+        window_size=spec.window_size,
+        core_heads=spec.core_heads,
+        pooling=spec.pooling,
+        dtype=str(q.dtype).removeprefix("torch."),
+    )
+
+
+class Configs:
+    """The config of each kernel for one problem on one architecture: the schedule's, else the built-in default."""
+
+    def __init__(self, schedule: Mapping[str, Config], problem: Problem, arch: str) -> None:
+        self._schedule = schedule
+        self._problem = problem
+        self._arch = arch
+
+    def __getitem__(self, kernel: str) -> Any:
+        if kernel in self._schedule:
+            config = self._schedule[kernel]
+            if refusal := config.refusal(self._problem):
+                raise ValueError(f"profile: the {kernel} config cannot run {self._problem}: {refusal}")
+            return config
+        return Tunable.REGISTRY[kernel].default(self._problem, self._arch)
+
+
+def emulated(tensor: Tensor) -> bool:
+    """Whether `tensor` is bfloat16 under the interpreter, which computes on its raw bits: then it runs as float32."""
+    return INTERPRETED and tensor.dtype == torch.bfloat16
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, k_core, v_core, pool_lse); tokens outside every sequence get out = 0 and lse = -inf.
+
+    Under the interpreter bfloat16 is emulated: float32 kernels, and one rounding of cores and of out.
+    """
+    if emulated(q):
+        return _forward_emulated(q, k, v, spec, sequences, configs)
+    k_core, v_core, pool_lse = pool(q, k, v, spec, sequences, configs)
+    out, lse = attend(q, k, v, k_core, v_core, spec, sequences, configs)
+    return out, lse, k_core, v_core, pool_lse
+
+
+def pool(
+    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(k_core, v_core (B, Hc, T // g, D), pool_lse (B, Hc, T // g)) of the complete groups."""
+    core_heads = spec.num_core_heads(q.shape[1], k.shape[1])
+    shape = (q.shape[0], core_heads, spec.num_groups(q.shape[2]), q.shape[3])
+    k_core, v_core = k.new_empty(shape), v.new_empty(shape)
+    pool_lse = q.new_empty(shape[:3], dtype=accumulator_dtype(q.dtype))
+    launch_pooling(q, k, v, k_core, v_core, pool_lse, spec=spec, sequences=sequences, config=configs["pooling"])
+    return k_core, v_core, pool_lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    spec: CCASpec,
+    sequences: Sequences,
+    configs: Configs,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the queries over cores and raw tokens."""
+    lse_dtype = accumulator_dtype(q.dtype)
+    if sequences.table is None:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    else:
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
+    launch_forward(q, k, v, k_core, v_core, out, lse, spec=spec, sequences=sequences, config=configs["forward"])
+    return out, lse
+
+
+def _forward_emulated(
+    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    narrow = q.dtype
+    q, k, v = q.float(), k.float(), v.float()
+    k_core, v_core, pool_lse = pool(q, k, v, spec, sequences, configs)
+    k_core, v_core = k_core.to(narrow), v_core.to(narrow)
+    out, lse = attend(q, k, v, k_core.float(), v_core.float(), spec, sequences, configs)
+    return out.to(narrow), lse, k_core, v_core, pool_lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    pool_lse: Tensor,
+    spec: CCASpec,
+    sequences: Sequences,
+    configs: Configs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from what `forward` returned; the same bits from run to run."""
+    if emulated(q):
+        wide = [x.float() for x in (dout, q, k, v, out, k_core, v_core)]
+        dout, wide_q, k, v, out, k_core, v_core = wide
+        grads = backward(dout, dlse, wide_q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
+        return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
+    empty = torch.empty_like if sequences.table is None else torch.zeros_like
+    delta = torch.empty_like(lse)
+    launch_delta(out, dout, dlse, delta)
+    dk_core, dv_core = torch.empty_like(k_core, dtype=lse.dtype), torch.empty_like(v_core, dtype=lse.dtype)
+    call: dict[str, Any] = {"spec": spec, "sequences": sequences}
+    launch_backward_dcore(
+        q, k_core, v_core, dout, lse, delta, dk_core, dv_core, config=configs["backward_dcore"], **call
+    )
+    dq, dk, dv = empty(q), empty(k), empty(v)
+    pool_delta = torch.empty_like(pool_lse)
+    if spec.pooling != "mean":
+        launch_pooling_backward(
+            q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq,
+            config=configs["pooling_backward"], **call,
+        )  # fmt: skip
+    launch_backward_dkv(
+        q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv,
+        config=configs["backward_dkv"], **call,
+    )  # fmt: skip
+    launch_backward_dq(q, k, v, k_core, v_core, dout, lse, delta, dq, config=configs["backward_dq"], **call)
+    return dq, dk, dv
