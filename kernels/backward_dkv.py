@@ -35,29 +35,36 @@ from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim,
 
 @triton.jit
 def sweep_queries(
-    k, v, q_tile, dout_tile, q_stride, dout_stride, lse_at, delta_at, dk, dv, start, stop, first_query, last_query,
-    length, SCALE_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    k, v, q_at, dout_at, q_stride, dout_stride, lse_at, delta_at, dk, dv, tiles, first_query, last_query, length,
+    SCALE_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk (without the scale) and dv [K, D] what the queries start .. stop - 1 give, in tiles of BLOCK.
+    """Add to dk (without the scale) and dv [K, D] what tiles of queries give: those that see every key, or the others.
 
-    Key j is seen by first_query[j] .. last_query[j], and by no query from `length` on. Not MASKED promises that every
-    query of these tiles sees every key.
+    Key j is seen by first_query[j] .. last_query[j], and by no query from `length` on. `tiles`: the first query, and
+    the numbers of tiles before, among, and after those that see every key; MASKED takes the first and last of these.
     """
-    for query in range(start, stop, BLOCK):
-        offs = query + tl.arange(0, BLOCK)
+    start, left, full, right = tiles
+    for tile in range(0, left + right if MASKED else full):
+        skipped = tl.where(tile >= left, full, 0) if MASKED else left
+        query = start + (tile + skipped) * BLOCK_Q
+        offs = query + tl.arange(0, BLOCK_Q)
         inside = offs < length
-        q = load_rows(q_tile + query * q_stride, inside, HEAD_DIM, BLOCK_D, MASKED)
-        dout = load_rows(dout_tile + query * dout_stride, inside, HEAD_DIM, BLOCK_D, MASKED)
+        q_tile = row_pointers(q_at + query * q_stride, BLOCK_Q, BLOCK_D, q_stride)
+        dout_tile = row_pointers(dout_at + query * dout_stride, BLOCK_Q, BLOCK_D, dout_stride)
+        q = load_rows(q_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
+        dout = load_rows(dout_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
         lse2 = tl.load(lse_at + offs, mask=inside, other=0.0) * LOG2_E
         delta = tl.load(delta_at + offs, mask=inside, other=0.0)
         # keys by queries, so that the probabilities are a product's first operand as they come
-        probs = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=dk.dtype) * SCALE_LOG2 - lse2[None, :])
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=dk.dtype)
+        probs = tl.exp2(scores * SCALE_LOG2 - lse2[None, :])
         if MASKED:
             visible = (offs[None, :] >= first_query[:, None]) & (offs[None, :] <= last_query[:, None])
             probs = tl.where(visible & inside[None, :], probs, 0.0)
         dv = tl.dot(probs.to(dout.dtype), dout, acc=dv, input_precision="ieee", out_dtype=dk.dtype)
-        ds = probs * (tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=dk.dtype) - delta[None, :])
+        dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=dk.dtype)
+        ds = probs * (dprobs - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, acc=dk, input_precision="ieee", out_dtype=dk.dtype)
     return dk, dv
 
@@ -75,30 +82,21 @@ def gather_queries(
     wide = delta_ptr.dtype.element_ty
     dk = tl.zeros([k.shape[0], BLOCK_D], wide)
     dv = tl.zeros([k.shape[0], BLOCK_D], wide)
-    full = start + tl.cdiv(tl.maximum(full - start, 0), BLOCK_Q) * BLOCK_Q
-    full_end = full + tl.maximum(full_last + 1 - full, 0) // BLOCK_Q * BLOCK_Q
+    left = tl.cdiv(tl.maximum(tl.minimum(full, stop) - start, 0), BLOCK_Q)
+    whole = tl.maximum(full_last + 1 - start - left * BLOCK_Q, 0) // BLOCK_Q
+    right = tl.cdiv(tl.maximum(stop - start - (left + whole) * BLOCK_Q, 0), BLOCK_Q)
+    tiles = (start, left, whole, right)
     q_stride = tl.zeros((), tl.int64) + q_strides[2]
     dout_stride = tl.zeros((), tl.int64) + dout_strides[2]
     for r in range(heads):
-        h = head + r
-        q_tile = row_pointers(q_ptr + offset((batch, h, q_base), q_strides), BLOCK_Q, BLOCK_D, q_stride)
-        dout_tile = row_pointers(dout_ptr + offset((batch, h, q_base), dout_strides), BLOCK_Q, BLOCK_D, dout_stride)
-        stats = offset((batch, h, q_base), lse_strides)
-        dk, dv = sweep_queries(
-            k, v, q_tile, dout_tile, q_stride, dout_stride, lse_ptr + stats, delta_ptr + stats, dk, dv,
-            start, tl.minimum(full, stop), first_query, last_query, length,
-            SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_Q, True,
-        )  # fmt: skip
-        dk, dv = sweep_queries(
-            k, v, q_tile, dout_tile, q_stride, dout_stride, lse_ptr + stats, delta_ptr + stats, dk, dv,
-            full, full_end, first_query, last_query, length,
-            SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_Q, False,
-        )  # fmt: skip
-        dk, dv = sweep_queries(
-            k, v, q_tile, dout_tile, q_stride, dout_stride, lse_ptr + stats, delta_ptr + stats, dk, dv,
-            full_end, stop, first_query, last_query, length,
-            SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_Q, True,
-        )  # fmt: skip
+        q_at = q_ptr + offset((batch, head + r, q_base), q_strides)
+        dout_at = dout_ptr + offset((batch, head + r, q_base), dout_strides)
+        stats = offset((batch, head + r, q_base), lse_strides)
+        for masked in tl.static_range(2):
+            dk, dv = sweep_queries(
+                k, v, q_at, dout_at, q_stride, dout_stride, lse_ptr + stats, delta_ptr + stats, dk, dv,
+                tiles, first_query, last_query, length, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_Q, masked == 1,
+            )  # fmt: skip
     return dk, dv
 
 

@@ -19,14 +19,15 @@ from .layout import Sequences
 from .primitives import (
     LOG2_E,
     PACKED,
-    first_local,
+    key_of_tile,
+    key_tiles,
     load_rows,
     locate,
     offset,
     row_pointers,
     store_rows,
     tiles_to_launch,
-    visible_cores,
+    visibility,
     visible_pairs,
 )
 from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
@@ -57,20 +58,31 @@ def delta_kernel(
 
 @triton.jit
 def sweep_keys(
-    q, dout, k_tile, v_tile, k_stride, v_stride, dq, lse2, delta, start, stop, first_key, end_key, last,
-    SCALE_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    q, dout, k_core, v_core, core_stride, k, v, k_stride, v_stride, dq, lse2, delta, offs_q, end_q, tiles,
+    SCALE_LOG2: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq [Q, D] (without the scale) what the keys start .. stop - 1 give; arguments as in forward's sweep."""
-    for key in range(start, stop, BLOCK):
-        offs = key + tl.arange(0, BLOCK)
-        k = load_rows(k_tile + key * k_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(v_tile + key * v_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
-        probs = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=dq.dtype) * SCALE_LOG2 - lse2[:, None])
+    """Add to dq [Q, D] (without the scale) what key tiles give: those seen whole, or (MASKED) all the others."""
+    core_full, core_edge, _, left, raw_full, right = tiles
+    cores = core_edge if MASKED else core_full
+    raws = left + right if MASKED else raw_full
+    for tile in range(0, cores + raws):
+        is_core, key = key_of_tile(tile, cores, tiles, BLOCK_K, MASKED)
+        offs = key + tl.arange(0, BLOCK_K)
+        inside, visible = visibility(offs_q, offs, end_q, is_core, GROUP_SIZE, WINDOW_SIZE)
+        k_step = tl.where(is_core, core_stride, k_stride)
+        v_step = tl.where(is_core, core_stride, v_stride)
+        k_tile = row_pointers(tl.where(is_core, k_core, k) + key * k_step, BLOCK_K, BLOCK_D, k_step)
+        v_tile = row_pointers(tl.where(is_core, v_core, v) + key * v_step, BLOCK_K, BLOCK_D, v_step)
+        k_rows = load_rows(k_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
+        v_rows = load_rows(v_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
+        scores = tl.dot(q, tl.trans(k_rows), input_precision="ieee", out_dtype=dq.dtype)
+        probs = tl.exp2(scores * SCALE_LOG2 - lse2[:, None])
         if MASKED:
-            visible = (offs[None, :] >= first_key[:, None]) & (offs[None, :] < end_key[:, None])
             probs = tl.where(visible, probs, 0.0)
-        ds = probs * (tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=dq.dtype) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, acc=dq, input_precision="ieee", out_dtype=dq.dtype)
+        dprobs = tl.dot(dout, tl.trans(v_rows), input_precision="ieee", out_dtype=dq.dtype)
+        ds = probs * (dprobs - delta[:, None])
+        dq = tl.dot(ds.to(k_rows.dtype), k_rows, acc=dq, input_precision="ieee", out_dtype=dq.dtype)
     return dq
 
 
@@ -82,7 +94,7 @@ def backward_dq_kernel(
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
     SCALE: tl.constexpr, MEAN: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
     """dq of one tile of queries: the keys in the forward's order, then the pooling's part, which is in dq already."""
@@ -112,44 +124,18 @@ def backward_dq_kernel(
 
     core_base = q_base // GROUP_SIZE if LAYOUT == PACKED else 0
     core_at = offset((batch, head // q_per_core, core_base + tl.zeros((), tl.int32)), core_strides)
-    stride = tl.zeros((), tl.int64) + core_strides[2]
-    k_tile = row_pointers(k_core_ptr + core_at, BLOCK_C, BLOCK_D, stride)
-    v_tile = row_pointers(v_core_ptr + core_at, BLOCK_C, BLOCK_D, stride)
-    first_key = tl.zeros([BLOCK_Q], tl.int32)
-    end_key = visible_cores(offs_q, GROUP_SIZE, WINDOW_SIZE)
-    seen_by_any = visible_cores(end_q - 1, GROUP_SIZE, WINDOW_SIZE)
-    edge = visible_cores(first_q, GROUP_SIZE, WINDOW_SIZE) // BLOCK_C * BLOCK_C
-    dq = sweep_keys(
-        q, dout, k_tile, v_tile, stride, stride, dq, lse2, delta, 0, edge, first_key, end_key, edge,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, False,
-    )  # fmt: skip
-    dq = sweep_keys(
-        q, dout, k_tile, v_tile, stride, stride, dq, lse2, delta, edge, seen_by_any, first_key, end_key, seen_by_any,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, True,
-    )  # fmt: skip
-
-    kv_head = head // q_per_kv
+    k_at = offset((batch, head // q_per_kv, k_base), k_strides)
+    v_at = offset((batch, head // q_per_kv, k_base), v_strides)
+    core_stride = tl.zeros((), tl.int64) + core_strides[2]
     k_stride = tl.zeros((), tl.int64) + k_strides[2]
     v_stride = tl.zeros((), tl.int64) + v_strides[2]
-    k_tile = row_pointers(k_ptr + offset((batch, kv_head, k_base), k_strides), BLOCK_K, BLOCK_D, k_stride)
-    v_tile = row_pointers(v_ptr + offset((batch, kv_head, k_base), v_strides), BLOCK_K, BLOCK_D, v_stride)
-    first_key = first_local(offs_q, GROUP_SIZE, WINDOW_SIZE)
-    end_key = offs_q + 1
-    start = first_local(first_q, GROUP_SIZE, WINDOW_SIZE)
-    full = start + tl.cdiv(first_local(end_q - 1, GROUP_SIZE, WINDOW_SIZE) - start, BLOCK_K) * BLOCK_K
-    full_end = full + tl.maximum(first_q + 1 - full, 0) // BLOCK_K * BLOCK_K
-    dq = sweep_keys(
-        q, dout, k_tile, v_tile, k_stride, v_stride, dq, lse2, delta, start, tl.minimum(full, end_q), first_key,
-        end_key, end_q, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
-    )  # fmt: skip
-    dq = sweep_keys(
-        q, dout, k_tile, v_tile, k_stride, v_stride, dq, lse2, delta, full, full_end, first_key, end_key, end_q,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, False,
-    )  # fmt: skip
-    dq = sweep_keys(
-        q, dout, k_tile, v_tile, k_stride, v_stride, dq, lse2, delta, full_end, end_q, first_key, end_key, end_q,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
-    )  # fmt: skip
+    tiles = key_tiles(first_q, end_q, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
+    for masked in tl.static_range(2):
+        dq = sweep_keys(
+            q, dout, k_core_ptr + core_at, v_core_ptr + core_at, core_stride, k_ptr + k_at, v_ptr + v_at,
+            k_stride, v_stride, dq, lse2, delta, offs_q, end_q, tiles,
+            SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, HEAD_DIM, BLOCK_D, BLOCK_K, masked == 1,
+        )  # fmt: skip
 
     dq = dq * SCALE
     dq_at = offset((batch, head, q_base + first_q), dq_strides)
@@ -162,10 +148,9 @@ def backward_dq_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardDqConfig(Config):
-    """Launch choices of `backward_dq_kernel`: queries, core tokens and raw tokens of a tile."""
+    """Launch choices of `backward_dq_kernel`: queries, and keys (core or raw tokens), of a tile."""
 
     block_q: int = 64
-    block_c: int = 32
     block_k: int = 32
 
     def refusal(self, problem: Problem) -> str | None:
@@ -175,7 +160,6 @@ class BackwardDqConfig(Config):
 
 SPACE = {
     "block_q": (64, 128),
-    "block_c": (32, 64, 128),
     "block_k": (32, 64, 128),
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3),
@@ -186,10 +170,10 @@ DELTA_BLOCK_Q = 32  # memory-bound and short: not worth a search
 def default_config(problem: Problem, arch: str) -> BackwardDqConfig:
     """A config that runs `problem` on every supported GPU."""
     if problem.element_bytes > 2 or problem.head_dim > 128:
-        return BackwardDqConfig(block_q=32, block_c=32, block_k=32, num_warps=4, num_stages=1)
+        return BackwardDqConfig(block_q=32, block_k=32, num_warps=4, num_stages=1)
     if arch in ("sm_90", "sm_100", "sm_103"):
-        return BackwardDqConfig(block_q=128, block_c=64, block_k=64, num_warps=8, num_stages=2)
-    return BackwardDqConfig(block_q=64, block_c=32, block_k=32, num_warps=4, num_stages=2)
+        return BackwardDqConfig(block_q=128, block_k=64, num_warps=8, num_stages=2)
+    return BackwardDqConfig(block_q=64, block_k=32, num_warps=4, num_stages=2)
 
 
 def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> None:

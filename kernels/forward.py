@@ -16,7 +16,8 @@ from .primitives import (
     LN_2,
     PACKED,
     attend,
-    first_local,
+    key_of_tile,
+    key_tiles,
     load_rows,
     locate,
     offset,
@@ -24,7 +25,7 @@ from .primitives import (
     scale_log2,
     store_rows,
     tiles_to_launch,
-    visible_cores,
+    visibility,
     visible_pairs,
 )
 from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
@@ -32,19 +33,25 @@ from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim,
 
 @triton.jit
 def sweep(
-    q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, start, stop, first_key, end_key, last,
-    SCALE_LOG2: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    q, k_core, v_core, core_stride, k, v, k_stride, v_stride, acc, row_max, row_sum, offs_q, end_q, tiles,
+    SCALE_LOG2: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the keys start .. stop - 1 in tiles of BLOCK; row i sees first_key[i] .. end_key[i] - 1.
-
-    Keys from `last` on are not read. Not MASKED promises that every row sees every key of these tiles.
-    """
-    for key in range(start, stop, BLOCK):
-        offs = key + tl.arange(0, BLOCK)
-        k = load_rows(k_tile + key * k_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(v_tile + key * v_stride, offs < last, HEAD_DIM, BLOCK_D, MASKED)
-        visible = (offs[None, :] >= first_key[:, None]) & (offs[None, :] < end_key[:, None])
-        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, MASKED)
+    """Attend to the key tiles that every query sees whole, or (MASKED) to all the others; `tiles` are key_tiles'."""
+    core_full, core_edge, _, left, raw_full, right = tiles
+    cores = core_edge if MASKED else core_full
+    raws = left + right if MASKED else raw_full
+    for tile in range(0, cores + raws):
+        is_core, key = key_of_tile(tile, cores, tiles, BLOCK_K, MASKED)
+        offs = key + tl.arange(0, BLOCK_K)
+        inside, visible = visibility(offs_q, offs, end_q, is_core, GROUP_SIZE, WINDOW_SIZE)
+        k_step = tl.where(is_core, core_stride, k_stride)
+        v_step = tl.where(is_core, core_stride, v_stride)
+        k_tile = row_pointers(tl.where(is_core, k_core, k) + key * k_step, BLOCK_K, BLOCK_D, k_step)
+        v_tile = row_pointers(tl.where(is_core, v_core, v) + key * v_step, BLOCK_K, BLOCK_D, v_step)
+        k_rows = load_rows(k_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
+        v_rows = load_rows(v_tile, inside, HEAD_DIM, BLOCK_D, MASKED)
+        acc, row_max, row_sum = attend(q, k_rows, v_rows, visible, acc, row_max, row_sum, SCALE_LOG2, MASKED)
     return acc, row_max, row_sum
 
 
@@ -56,10 +63,10 @@ def forward_kernel(
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
     SCALE_LOG2: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """One tile of queries of one head: cores that all rows see, the cores at the edge, then the raw tokens."""
+    """One tile of queries of one head: the key tiles that all its rows see whole, then those at the edges."""
     head, batch = tl.program_id(1), tl.program_id(2)
     num_seqs, seq_len, q_per_kv, q_per_core = sizes
     # the last tiles see the most cores: they start first
@@ -82,46 +89,18 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_Q], wide)
 
     core_at = offset((batch, head // q_per_core, core_base + tl.zeros((), tl.int32)), core_strides)
+    k_at = offset((batch, head // q_per_kv, k_base), k_strides)
+    v_at = offset((batch, head // q_per_kv, k_base), v_strides)
     core_stride = tl.zeros((), tl.int64) + core_strides[2]
-    k_tile = row_pointers(k_core_ptr + core_at, BLOCK_C, BLOCK_D, core_stride)
-    v_tile = row_pointers(v_core_ptr + core_at, BLOCK_C, BLOCK_D, core_stride)
-    first_key = tl.zeros([BLOCK_Q], tl.int32)
-    end_key = visible_cores(offs_q, GROUP_SIZE, WINDOW_SIZE)
-    seen_by_all = visible_cores(first_q, GROUP_SIZE, WINDOW_SIZE)
-    seen_by_any = visible_cores(end_q - 1, GROUP_SIZE, WINDOW_SIZE)
-    edge = seen_by_all // BLOCK_C * BLOCK_C
-    acc, row_max, row_sum = sweep(
-        q, k_tile, v_tile, core_stride, core_stride, acc, row_max, row_sum, 0, edge, first_key, end_key, edge,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, False,
-    )
-    acc, row_max, row_sum = sweep(
-        q, k_tile, v_tile, core_stride, core_stride, acc, row_max, row_sum, edge, seen_by_any, first_key, end_key,
-        seen_by_any, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_C, True,
-    )
-
-    kv_head = head // q_per_kv
     k_stride = tl.zeros((), tl.int64) + k_strides[2]
     v_stride = tl.zeros((), tl.int64) + v_strides[2]
-    k_tile = row_pointers(k_ptr + offset((batch, kv_head, k_base), k_strides), BLOCK_K, BLOCK_D, k_stride)
-    v_tile = row_pointers(v_ptr + offset((batch, kv_head, k_base), v_strides), BLOCK_K, BLOCK_D, v_stride)
-    first_key = first_local(offs_q, GROUP_SIZE, WINDOW_SIZE)
-    end_key = offs_q + 1
-    start = first_local(first_q, GROUP_SIZE, WINDOW_SIZE)
-    # whole tiles that every row sees lie between the last row's first token and the first row itself
-    full = start + tl.cdiv(first_local(end_q - 1, GROUP_SIZE, WINDOW_SIZE) - start, BLOCK_K) * BLOCK_K
-    full_end = full + tl.maximum(first_q + 1 - full, 0) // BLOCK_K * BLOCK_K
-    acc, row_max, row_sum = sweep(
-        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, start, tl.minimum(full, end_q), first_key,
-        end_key, end_q, SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
-    )
-    acc, row_max, row_sum = sweep(
-        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, full, full_end, first_key, end_key, end_q,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, False,
-    )
-    acc, row_max, row_sum = sweep(
-        q, k_tile, v_tile, k_stride, v_stride, acc, row_max, row_sum, full_end, end_q, first_key, end_key, end_q,
-        SCALE_LOG2, HEAD_DIM, BLOCK_D, BLOCK_K, True,
-    )
+    tiles = key_tiles(first_q, end_q, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
+    for masked in tl.static_range(2):
+        acc, row_max, row_sum = sweep(
+            q, k_core_ptr + core_at, v_core_ptr + core_at, core_stride, k_ptr + k_at, v_ptr + v_at, k_stride, v_stride,
+            acc, row_max, row_sum, offs_q, end_q, tiles,
+            SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, HEAD_DIM, BLOCK_D, BLOCK_K, masked == 1,
+        )  # fmt: skip
 
     row_sum = tl.where(mask_q, row_sum, 1.0)
     out_at = offset((batch, head, q_base + first_q), out_strides)
@@ -133,10 +112,9 @@ def forward_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardConfig(Config):
-    """Launch choices of `forward_kernel`: queries, core tokens and raw tokens of a tile."""
+    """Launch choices of `forward_kernel`: queries, and keys (core or raw tokens), of a tile."""
 
     block_q: int = 64
-    block_c: int = 64
     block_k: int = 64
 
     def refusal(self, problem: Problem) -> str | None:
@@ -146,7 +124,6 @@ class ForwardConfig(Config):
 
 SPACE = {
     "block_q": (64, 128, 256),
-    "block_c": (32, 64, 128),
     "block_k": (32, 64, 128),
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3, 4),
@@ -156,12 +133,12 @@ SPACE = {
 def default_config(problem: Problem, arch: str) -> ForwardConfig:
     """A config that runs `problem` on every supported GPU; `arch` is "sm_90", "gfx942", "cpu" and the like."""
     if problem.element_bytes > 2:
-        return ForwardConfig(block_q=32, block_c=32, block_k=32, num_warps=4, num_stages=1)
+        return ForwardConfig(block_q=32, block_k=32, num_warps=4, num_stages=1)
     if problem.head_dim > 128:
-        return ForwardConfig(block_q=64, block_c=32, block_k=32, num_warps=4, num_stages=2)
+        return ForwardConfig(block_q=64, block_k=32, num_warps=4, num_stages=2)
     if arch in ("sm_90", "sm_100", "sm_103"):
-        return ForwardConfig(block_q=128, block_c=64, block_k=64, num_warps=8, num_stages=3)
-    return ForwardConfig(block_q=128, block_c=32, block_k=32, num_warps=4, num_stages=2)
+        return ForwardConfig(block_q=128, block_k=64, num_warps=8, num_stages=3)
+    return ForwardConfig(block_q=128, block_k=32, num_warps=4, num_stages=2)
 
 
 def launch_forward(

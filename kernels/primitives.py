@@ -109,6 +109,49 @@ def tiles_to_launch(tokens: int, num_seqs: int, block: int, packed: bool) -> int
 
 
 @triton.jit
+def key_tiles(first_q, end_q, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """How the keys that the queries first_q .. end_q - 1 see fall into tiles of BLOCK.
+
+    Cores from 0: `core_full` tiles that every query sees whole, then `core_edge` more. Raw tokens from `start`:
+    `left` tiles up to where every query sees, `raw_full` tiles that every query sees whole, then `right` more.
+    """
+    core_full = visible_cores(first_q, GROUP_SIZE, WINDOW_SIZE) // BLOCK
+    core_edge = tl.cdiv(visible_cores(end_q - 1, GROUP_SIZE, WINDOW_SIZE) - core_full * BLOCK, BLOCK)
+    start = first_local(first_q, GROUP_SIZE, WINDOW_SIZE)
+    left = tl.cdiv(first_local(end_q - 1, GROUP_SIZE, WINDOW_SIZE) - start, BLOCK)
+    raw_full = tl.maximum(first_q + 1 - start - left * BLOCK, 0) // BLOCK
+    right = tl.cdiv(tl.maximum(end_q - start - (left + raw_full) * BLOCK, 0), BLOCK)
+    return core_full, core_edge, start, left, raw_full, right
+
+
+@triton.jit
+def key_of_tile(tile, cores, tiles, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """(whether it is of cores, first key) of a tile in the walk over `cores` tiles of cores, then those of raw tokens.
+
+    MASKED walks over the tiles at the edges, otherwise over those that every query sees whole; `tiles` are key_tiles'.
+    """
+    core_full, _, start, left, raw_full, _ = tiles
+    raw = tile - cores
+    if MASKED:
+        core_key = (core_full + tile) * BLOCK
+        raw_key = start + (raw + tl.where(raw >= left, raw_full, 0)) * BLOCK
+    else:
+        core_key = tile * BLOCK
+        raw_key = start + (left + raw) * BLOCK
+    is_core = tile < cores
+    return is_core, tl.where(is_core, core_key, raw_key)
+
+
+@triton.jit
+def visibility(offs_q, offs, end_q, is_core, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr):
+    """For keys `offs` [K], cores or raw tokens: which the tile may read [K], and which query sees which [Q, K]."""
+    first_key = tl.where(is_core, 0, first_local(offs_q, GROUP_SIZE, WINDOW_SIZE))
+    end_key = tl.where(is_core, visible_cores(offs_q, GROUP_SIZE, WINDOW_SIZE), offs_q + 1)
+    inside = offs < tl.where(is_core, visible_cores(end_q - 1, GROUP_SIZE, WINDOW_SIZE), end_q)
+    return inside, (offs[None, :] >= first_key[:, None]) & (offs[None, :] < end_key[:, None])
+
+
+@triton.jit
 def row_pointers(ptr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, row_stride):
     """Pointers [BLOCK, BLOCK_D] of consecutive rows from `ptr`; advance a tile with `+ start * row_stride`."""
     rows = tl.arange(0, BLOCK).to(tl.int64)
