@@ -211,9 +211,7 @@ def _blank(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.masked_fill(everywhere, 0.0), q.sum(-1).masked_fill(everywhere, NEG_INF)
 
 
-def _sequences(
-    q: Tensor, cu_seqlens: Tensor | None, seq_bounds: Tensor | None
-) -> list[tuple[range, int, int]]:
+def _sequences(q: Tensor, cu_seqlens: Tensor | None, seq_bounds: Tensor | None) -> list[tuple[range, int, int]]:
     """Batch rows, first token and one-past-last token of every sequence; dense rows go together."""
     batch, tokens = q.shape[0], q.shape[2]
     if cu_seqlens is not None and seq_bounds is not None:
@@ -221,17 +219,13 @@ def _sequences(
     if cu_seqlens is not None:
         edges = [int(edge) for edge in cu_seqlens]
         if batch != 1 or edges[:1] != [0] or edges[-1:] != [tokens] or sorted(edges) != edges:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to T={tokens} with B=1, got {edges} with B={batch}"
-            )
+            raise ValueError(f"cu_seqlens must rise from 0 to T={tokens} with B=1, got {edges} with B={batch}")
         return [(range(1), first, end) for first, end in pairwise(edges)]
     if seq_bounds is None:
         return [(range(batch), 0, tokens)]
     bounds = [(int(first), int(end)) for first, end in seq_bounds]
     if len(bounds) != batch or any(not 0 <= first <= end <= tokens for first, end in bounds):
-        raise ValueError(
-            f"seq_bounds must be B={batch} rows with 0 <= first <= end <= T={tokens}, got {bounds}"
-        )
+        raise ValueError(f"seq_bounds must be B={batch} rows with 0 <= first <= end <= T={tokens}, got {bounds}")
     return [(range(b, b + 1), first, end) for b, (first, end) in enumerate(bounds)]
 
 
@@ -243,9 +237,7 @@ def _visible(seq_len: int, group_size: int, window_size: int) -> Tensor:
     return torch.cat([core < cores, (token >= cores * group_size) & (token <= position)], dim=1)
 
 
-def _pooling_logits(
-    q: Tensor, k: Tensor, group_size: int, core_heads: str, pooling: str, scale: float
-) -> Tensor:
+def _pooling_logits(q: Tensor, k: Tensor, group_size: int, core_heads: str, pooling: str, scale: float) -> Tensor:
     """Logits of the pooling weights, [B, Hc, C, g]; "mean" is "last_query" with equal ones."""
     _check_choice("core_heads", core_heads, ("query", "kv"))
     _check_choice("pooling", pooling, ("last_query", "mean"))
