@@ -6,9 +6,7 @@ Tests, the gate of a candidate config and the mutants all call these; a check ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -129,7 +127,9 @@ def partition(case: Case) -> list[Comparison]:
     weights = torch.zeros(p.seq_len, p.seq_len, dtype=torch.float64)
     for _, tokens in case.sequences():
         for i in range(tokens.stop - tokens.start):
-            weights[tokens.start + i, tokens] = _weights_of_row(i, tokens.stop - tokens.start, p.group_size, p.window_size)
+            weights[tokens.start + i, tokens] = _weights_of_row(
+                i, tokens.stop - tokens.start, p.group_size, p.window_size
+            )
     found = []
     for first in range(0, p.seq_len, p.head_dim):
         v = torch.zeros_like(inputs.v)

@@ -119,7 +119,7 @@ class ErrorModel:
     @property
     def out(self) -> Bounded:
         """[B, Hq, T, D]."""
-        return self.stored(self._out, self._out_error)
+        return Bounded(self._out, self._out_error * self.precision.second_order)
 
     @property
     def lse(self) -> Bounded:
@@ -135,11 +135,6 @@ class ErrorModel:
     def v_core(self) -> Bounded:
         """[B, Hc, C, D]."""
         return Bounded(self._v_core, self._core_error(self._v_members) * self.precision.second_order)
-
-    def stored(self, value: Tensor, error: Tensor) -> Bounded:
-        """`value` after its last rounding."""
-        p = self.precision
-        return Bounded(value, (error + p.store * value.abs() + 2 * p.floor) * p.second_order)
 
     # --- spec section 1 ---------------------------------------------------------------------------------------------
 
@@ -206,30 +201,32 @@ class ErrorModel:
         """[cores; raw tokens] for every query head: [B, Hq, N, D]."""
         return torch.cat([repeat_heads(core, self.heads), repeat_heads(raw, self.heads)], dim=2)
 
+    def of_members(self, products: Tensor) -> Tensor:
+        """The columns of `products` [B, Hq, T, N] that belong to the members of the groups: [B, Hq, T, C, g]."""
+        c, g = self.cores, self.spec.group_size
+        return products[..., c : c + c * g].unflatten(-1, (c, g))
+
     def core_product_error(self, products: Tensor, x: Tensor, rounding: Tensor) -> Tensor:
         """Error of ``products = x @ rows.mT`` [B, Hq, T, N] that comes from the rows which are stored core tokens."""
-        c, g = self.cores, self.spec.group_size
-        spread = (products[..., c : c + c * g].unflatten(-1, (c, g)) - products[..., :c, None]).abs()
+        spread = (self.of_members(products) - products[..., : self.cores, None]).abs()
         weights = repeat_heads(self.weights * self.weight_error, self.heads)
         moved = (spread * weights[:, :, None]).sum(-1)
-        return torch.cat([moved, torch.zeros_like(products[..., c:])], dim=-1) + x.abs() @ rounding.mT
+        return torch.cat([moved, torch.zeros_like(products[..., self.cores :])], dim=-1) + x.abs() @ rounding.mT
 
     def _attend(self) -> None:
         p, count = self.precision, self.visible.sum(-1, keepdim=True)
         seen = self.scores.masked_fill(~self.visible, -math.inf)
         self.probs, self._lse = seen.softmax(-1), seen.logsumexp(-1)
         self._out = self.probs @ self.values
-        grown = self.probs * torch.expm1(self.score_error)
         shrunk = (self.probs * (-self.score_error).exp()).sum(-1, keepdim=True)
+        self.prob_error = self.probs * torch.expm1(self.score_error) / shrunk
         centre = self.values.mean(2, keepdim=True)
-        moved = grown @ (self.values - centre).abs() + grown.sum(-1, True) * (self._out - centre).abs()
-        size = self.probs @ self.values.abs()
-        self._out_error = (
-            moved / shrunk
-            + (self.probs + grown) @ self.value_error
-            + (p.summing(count) + p.cast) * size
-            + p.floor * (self.visible.double() @ self.values.abs())
-        )
+        moved = self.prob_error @ (self.values - centre).abs()
+        moved += self.prob_error.sum(-1, True) * (self._out - centre).abs()
+        self.out_rounding = p.summing(count) * (self.probs @ self.values.abs()) + 2 * p.floor
+        self.out_rounding += p.floor * (self.visible.double() @ self.values.abs()) + p.store * self._out.abs()
+        cast = p.cast * (self.probs @ self.values.abs())
+        self._out_error = moved + cast + (self.probs + self.prob_error) @ self.value_error + self.out_rounding
         self._lse_error = (
             (self.probs * self.score_error.exp()).sum(-1).log() + p.summing(count)[:, 0] + 4 * p.wide * self._lse.abs()
         )

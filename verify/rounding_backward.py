@@ -35,13 +35,20 @@ class _Backward:
     def __init__(self, forward: ErrorModel, dout: Tensor, dlse: Tensor | None) -> None:
         self.f, self.p, self.dout = forward, forward.precision, dout
         self.dlse = torch.zeros_like(forward.lse.value) if dlse is None else dlse
+        self.dprobs = dout @ forward.values.mT  # [B, Hq, T, N]
+        again = torch.expm1(forward.score_error + forward.lse.bound[..., None]) * forward.visible
+        self.prob_error = forward.probs * again  # of the probabilities as the backward recomputes them
+        self.ds = self._score_gradient()
+        # of adding up what all queries of a key/value head give to each key
+        rows = forward.visible.sum(0) * (forward.heads // forward.k.shape[1])
+        self.adding = torch.as_tensor(self.p.summing(rows))[:, None]  # [N, 1]
 
     def run(self) -> Gradients:
+        """The gradients after their last store."""
         f, c, kv_heads = self.f, self.f.cores, self.f.k.shape[1]
-        ds = self._score_gradient()
-        dq, dkeys, dvalues = self._query_gradient(ds), self._key_gradient(ds), self._value_gradient()
+        dq, dkeys, dvalues = self._query_gradient(), self._key_gradient(), self._value_gradient()
         dk, dv = (self._heads(x, slice(c, None), kv_heads) for x in (dkeys, dvalues))
-        stored = dq.value.abs()
+        parts = dq.value.abs()
         if c:
             dk_core, dv_core = (self._heads(x, slice(c), f.core_heads) for x in (dkeys, dvalues))
             dq_pool, dk_pool, dv_pool = self._through_pooling(dk_core, dv_core)
@@ -50,74 +57,90 @@ class _Backward:
                 self._at_members(dk, dk_pool),
                 self._at_members(dv, dv_pool),
             )
-        error = dq.bound + self.p.store * (stored + dq.value.abs())  # the two parts meet in a stored dq
-        return Gradients(f.stored(dq.value, error), f.stored(*dk), f.stored(*dv))
+        parts = parts + dq.value.abs()  # one of the two parts of dq is stored before the other is added
+        return Gradients(self._stored(dq, parts), self._stored(dk), self._stored(dv))
+
+    def _stored(self, x: Bounded, parts: Tensor | float = 0.0) -> Bounded:
+        p = self.p
+        return Bounded(x.value, (x.bound + p.store * (x.value.abs() + parts) + 2 * p.floor) * p.second_order)
 
     def _score_gradient(self) -> Bounded:
         """dS [B, Hq, T, N] as an operand of the products that follow."""
-        f, p, dout = self.f, self.p, self.dout
-        dprobs = dout @ f.values.mT
-        dprobs_error = p.dot(f.head_dim) * (dout.abs() @ f.values.abs().mT)
-        dprobs_error += f.core_product_error(dprobs, dout, f.value_rounding)
-        out = f.out
-        delta = (dout * out.value).sum(-1, True) - self.dlse[..., None]
-        delta_error = (dout.abs() * (out.bound + p.dot(f.head_dim) * out.value.abs())).sum(-1, True)
+        f, p, dout, dprobs = self.f, self.p, self.dout, self.dprobs
+        core_error = f.core_product_error(dprobs, dout, f.value_rounding)
+        dprobs_error = core_error + p.dot(f.head_dim) * (dout.abs() @ f.values.abs().mT)
+        out = (f.probs * dprobs).sum(-1, True)  # dout . out
+        moved = f.prob_error * (dprobs - out).abs() + p.cast * f.probs * dprobs.abs()
+        delta_error = (moved + (f.probs + f.prob_error) * core_error).sum(-1, True)
+        delta_error += (dout.abs() * (f.out_rounding + p.dot(f.head_dim) * f.out.value.abs())).sum(-1, True)
+        delta = out - self.dlse[..., None]
         delta_error += p.wide * self.dlse[..., None].abs()
-        again = self._weights_again()
-        moved = again * (dprobs - delta).abs() + (1 + again) * (dprobs_error + delta_error)
-        moved += 4 * p.wide * (dprobs.abs() + delta.abs())
         ds = f.probs * (dprobs - delta)
-        return Bounded(ds, f.probs * moved + p.cast * ds.abs() + p.floor * f.visible)
+        error = self.prob_error * (dprobs - delta).abs() + (f.probs + self.prob_error) * (dprobs_error + delta_error)
+        error += f.probs * 4 * p.wide * (dprobs.abs() + delta.abs())
+        return Bounded(ds, error + p.cast * ds.abs() + p.floor * f.visible)
 
-    def _weights_again(self) -> Tensor:
-        """Relative error of the probabilities as the backward recomputes them from the log-sum-exp."""
-        return torch.expm1(self.f.score_error + self.f.lse.bound[..., None]) * self.f.visible
-
-    def _query_gradient(self, ds: Bounded) -> Bounded:
-        f, count = self.f, self.f.visible.sum(-1, keepdim=True)
+    def _query_gradient(self) -> Bounded:
+        f, ds, count = self.f, self.ds, self.f.visible.sum(-1, keepdim=True)
         error = ds.bound @ f.keys.abs() + (ds.value.abs() + ds.bound) @ f.key_error
         error += self.p.summing(count) * (ds.value.abs() @ f.keys.abs())
         return Bounded(f.scale * ds.value @ f.keys, f.scale * error)
 
-    def _key_gradient(self, ds: Bounded) -> Bounded:
-        f = self.f
-        error = (ds.bound + self._adding_rows() * ds.value.abs()).mT @ f.q.abs()
+    def _key_gradient(self) -> Bounded:
+        f, ds = self.f, self.ds
+        error = ds.bound.mT @ f.q.abs() + self._key_rounding()
         return Bounded(f.scale * ds.value.mT @ f.q, f.scale * error)
 
-    def _value_gradient(self) -> Bounded:
-        f, p = self.f, self.p
-        error = f.probs * (self._weights_again() + p.cast + self._adding_rows()) + p.floor * f.visible
-        return Bounded(f.probs.mT @ self.dout, error.mT @ self.dout.abs())
+    def _key_rounding(self) -> Tensor:
+        return self.adding * (self.ds.value.abs().mT @ self.f.q.abs())
 
-    def _adding_rows(self) -> Tensor:
-        """Relative error of adding up what all queries of a key/value head give to each key: [N]."""
-        return torch.as_tensor(self.p.summing(self.f.visible.sum(0) * (self.f.heads // self.f.k.shape[1])))
+    def _value_gradient(self) -> Bounded:
+        error = self._value_operand_error().mT @ self.dout.abs() + self._value_rounding()
+        return Bounded(self.f.probs.mT @ self.dout, error)
+
+    def _value_operand_error(self) -> Tensor:
+        return self.prob_error + self.p.cast * self.f.probs + self.p.floor * self.f.visible
+
+    def _value_rounding(self) -> Tensor:
+        return self.adding * (self.f.probs.mT @ self.dout.abs())
 
     @staticmethod
     def _heads(x: Bounded, rows: slice, heads: int) -> Bounded:
         return Bounded(sum_heads(x.value[:, :, rows], heads), sum_heads(x.bound[:, :, rows], heads))
 
+    def _weight_gradient_error(self, size: Tensor) -> Tensor:
+        """Error of ``da = dk_core . k + dv_core . v`` [B, Hc, C, g], whose terms' magnitudes add up to `size`.
+
+        An error of dS or P reaches da by way of the logit, or dout . v, of the query that it belongs to.
+        """
+        f, c = self.f, self.f.cores
+        moved = torch.einsum("bhic,bhicg->bhcg", self.ds.bound[..., :c], f.of_members(f.scores).abs())
+        operand = self._value_operand_error()[..., :c]
+        moved += torch.einsum("bhic,bhicg->bhcg", operand, f.of_members(self.dprobs).abs())
+        k, v = f.member_rows
+        dk_rounding = sum_heads(f.scale * self._key_rounding()[:, :, :c], f.core_heads)[..., None, :]
+        dv_rounding = sum_heads(self._value_rounding()[:, :, :c], f.core_heads)[..., None, :]
+        rounded = (dk_rounding * k.abs() + dv_rounding * v.abs()).sum(-1)
+        return sum_heads(moved, f.core_heads) + rounded + self.p.dot(2 * f.head_dim) * size
+
     def _through_pooling(self, dk_core: Bounded, dv_core: Bounded) -> tuple[Bounded, Bounded, Bounded]:
         """What arrives at the cores [B, Hc, C, D], passed on to q_score [B, Hc, C, D] and to k, v [B, Hc, C, g, D]."""
-        f, p, adding = self.f, self.p, self.p.summing(self.f.spec.group_size)
+        f, adding = self.f, self.p.summing(self.f.spec.group_size)
         (k, v), weights, again = f.member_rows, f.weights[..., None], f.weight_error_again[..., None]
         dk, dv = (Bounded(x.value[..., None, :], x.bound[..., None, :]) for x in (dk_core, dv_core))
         da = (dk.value * k + dv.value * v).sum(-1, True)  # [B, Hc, C, g, 1]
-        size = (dk.value * k).abs() + (dv.value * v).abs()
-        da_error = (p.dot(2 * f.head_dim) * size + dk.bound * k.abs() + dv.bound * v.abs()).sum(-1, True)
-        mean = (weights * da).sum(-2, True)
-        mean_size = (weights * da.abs()).sum(-2, True)
+        size = ((dk.value * k).abs() + (dv.value * v).abs()).sum(-1)
+        da_error = self._weight_gradient_error(size)[..., None]
+        mean, mean_size = (weights * da).sum(-2, True), (weights * da.abs()).sum(-2, True)
         mean_error = (weights * (again * (da - mean).abs() + da_error)).sum(-2, True)
         ds = weights * (da - mean) * f.uses_query
         moved = again * (da - mean).abs() + da_error + mean_error + adding * (da.abs() + mean_size)
-        ds_error = weights * moved * f.uses_query
+        ds_error = weights * moved * f.uses_query + adding * ds.abs()
         q, q_size = f.q_score[..., None, :], f.q_score_size[..., None, :]
-        dq_error = ((ds_error + adding * ds.abs()) * k.abs()).sum(-2)
-        dk_error = weights * ((again + adding) * dk.value.abs() + dk.bound)
-        dk_error = dk_error + f.scale * (ds_error + adding * ds.abs()) * q_size
+        dk_error = weights * ((again + adding) * dk.value.abs() + dk.bound) + f.scale * ds_error * q_size
         dv_error = weights * ((again + adding) * dv.value.abs() + dv.bound)
         return (
-            Bounded(f.scale * (ds * k).sum(-2), f.scale * dq_error),
+            Bounded(f.scale * (ds * k).sum(-2), f.scale * (ds_error * k.abs()).sum(-2)),
             Bounded(weights * dk.value + f.scale * ds * q, dk_error),
             Bounded(weights * dv.value, dv_error),
         )
