@@ -256,25 +256,20 @@ DCORE_SPACE = {"block_c": (32, 64, 128), **LAUNCHES}
 DKV_SPACE = {"block_k": (32, 64, 128), **LAUNCHES}
 
 
-def default_sizes(problem: Problem, arch: str) -> tuple[int, int, int, int]:
-    """Keys, queries, warps and stages that run `problem` on every supported GPU, for both kernels."""
-    if problem.element_bytes > 2 or problem.head_dim > 128:
-        return 32, 32, 4, 1
-    if arch in ("sm_90", "sm_100", "sm_103"):
-        return 128, 64, 8, 2
-    return 64, 32, 4, 2
-
-
 def default_dcore_config(problem: Problem, arch: str) -> BackwardDcoreConfig:
-    """The built-in config of `backward_dcore_kernel`."""
-    keys, queries, warps, stages = default_sizes(problem, arch)
-    return BackwardDcoreConfig(block_c=keys, block_q=queries, num_warps=warps, num_stages=stages)
+    """A config of `backward_dcore_kernel` that runs `problem` on every supported GPU."""
+    if problem.element_bytes > 2 or problem.head_dim > 128:
+        return BackwardDcoreConfig(block_c=32, block_q=32, num_warps=4, num_stages=1)
+    if arch in ("sm_90", "sm_100", "sm_103"):
+        return BackwardDcoreConfig(block_c=128, block_q=64, num_warps=8, num_stages=2)
+    return BackwardDcoreConfig(block_c=64, block_q=32, num_warps=4, num_stages=2)
 
 
 def default_dkv_config(problem: Problem, arch: str) -> BackwardDkvConfig:
-    """The built-in config of `backward_dkv_kernel`."""
-    keys, queries, warps, stages = default_sizes(problem, arch)
-    return BackwardDkvConfig(block_k=keys, block_q=queries, num_warps=warps, num_stages=stages)
+    """A config of `backward_dkv_kernel` that runs `problem` on every supported GPU."""
+    if problem.element_bytes > 2 or problem.head_dim > 128:
+        return BackwardDkvConfig(block_k=32, block_q=32, num_warps=4, num_stages=1)
+    return BackwardDkvConfig(block_k=64, block_q=32, num_warps=4, num_stages=2)
 
 
 def launch_backward_dcore(

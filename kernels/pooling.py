@@ -165,7 +165,7 @@ def default_config(problem: Problem, arch: str) -> PoolingConfig:
     """A config that runs `problem` on every supported GPU: tiles of at most 8192 elements."""
     block_t = min(16, triton.next_power_of_2(problem.group_size))
     elements = padded_dim(problem.head_dim) * block_t * (2 if problem.element_bytes > 2 else 1)
-    return PoolingConfig(block_c=max(1, 8192 // elements), block_t=block_t, num_warps=4, num_stages=1)
+    return PoolingConfig(block_c=max(1, 8192 // elements), block_t=block_t, num_warps=2, num_stages=1)
 
 
 def pooling_grid(q: Tensor, k_core: Tensor, sequences: Sequences, spec: CCASpec, block_c: int) -> tuple[int, int, int]:
