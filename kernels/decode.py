@@ -1,0 +1,371 @@
+"""Decode: a few new tokens against the cached core tokens and the ring of recent raw tokens (spec section 6).
+
+One step is three launches. `append_kernel` stores the new keys and values in the ring and pools each group that they
+complete; `decode_kernel` splits the visible keys over programs; `decode_merge_kernel` joins the splits in a fixed
+order and advances the counter. What is visible follows from the device's counter `seen` alone, so that a step can be
+captured in a CUDA graph. Position p lies in the ring at ``p % RING_SIZE``. Tokens from position `max_tokens` on are not
+stored, and their output is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Problem
+from ..spec import CCASpec
+from .primitives import attend, first_local, load_rows, mean_query, offset, scale_log2, store_rows, visible_cores
+from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
+
+MAX_ROWS = 64
+"""The most rows of one tile: query heads of a key/value head times new tokens."""
+UNBOUNDED = 2**31 - 1
+"""`max_tokens` of storage that its owner grows before it is full."""
+MERGED_AT_ONCE = 16
+
+
+@triton.jit
+def load_tokens(
+    ring, ring_stride, new, new_stride, tokens, mask, seen,
+    RING_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows [N, BLOCK_D] of one head at positions `tokens` [N]: before `seen` from the ring, else from the new ones."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    slots = (tokens % RING_SIZE).to(tl.int64)[:, None] * ring_stride
+    rows = (tokens - seen).to(tl.int64)[:, None] * new_stride
+    old = load_rows(ring + slots + offs_d, mask & (tokens < seen), HEAD_DIM, BLOCK_D, True)
+    fresh = load_rows(new + rows + offs_d, mask & (tokens >= seen), HEAD_DIM, BLOCK_D, True)
+    return tl.where((tokens < seen)[:, None], old, fresh)
+
+
+# fmt: off
+@triton.jit
+def append_kernel(
+    q_ptr, k_ptr, v_ptr, k_core_ptr, v_core_ptr, k_raw_ptr, v_raw_ptr, seen_ptr,
+    q_strides, k_strides, v_strides, core_strides, raw_strides,
+    sizes,
+    NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, MEAN: tl.constexpr, SCALE_LOG2: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    # fmt: on
+    """Pool one group of one core head if this step completes it; one program of each key/value head fills the ring.
+
+    The ring slots that are written held tokens older than all that are pooled or visible: programs do not meet.
+    """
+    core_head, batch = tl.program_id(1), tl.program_id(2)
+    max_tokens, cores_per_kv, q_per_core = sizes
+    seen = tl.load(seen_ptr + batch)
+    end = tl.minimum(seen + NUM_NEW, max_tokens)
+    kv_head = core_head // cores_per_kv
+    k_new, k_stride = k_ptr + offset((batch, kv_head), k_strides), k_strides[2]
+    v_new, v_stride = v_ptr + offset((batch, kv_head), v_strides), v_strides[2]
+    raw_offs, raw_stride = offset((batch, kv_head), raw_strides), raw_strides[2]
+    k_ring, v_ring = k_raw_ptr + raw_offs, v_raw_ptr + raw_offs
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+
+    if (tl.program_id(0) == 0) & (core_head % cores_per_kv == 0):
+        index = tl.arange(0, triton.next_power_of_2(NUM_NEW))
+        kept = (index < NUM_NEW) & (seen + index < end)
+        slots = ((seen + index) % RING_SIZE).to(tl.int64)[:, None] * raw_stride + offs_d
+        rows = index.to(tl.int64)[:, None]
+        k = load_rows(k_new + rows * k_stride + offs_d, kept, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_new + rows * v_stride + offs_d, kept, HEAD_DIM, BLOCK_D, True)
+        store_rows(k_ring + slots, k, kept, HEAD_DIM, BLOCK_D)
+        store_rows(v_ring + slots, v, kept, HEAD_DIM, BLOCK_D)
+
+    core = seen // GROUP_SIZE + tl.program_id(0)
+    if (core + 1) * GROUP_SIZE <= end:
+        one = tl.zeros([1], tl.int32)
+        last = one + ((core + 1) * GROUP_SIZE - 1 - seen)
+        q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, one == 0, HEAD_DIM, BLOCK_D)
+        k_core, v_core = tl.zeros_like(q), tl.zeros_like(q)
+        row_max, row_sum = tl.full([1], -float("inf"), q.dtype), tl.zeros([1], q.dtype)
+        for start in range(0, GROUP_SIZE, BLOCK_T):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            inside = offs_t < GROUP_SIZE
+            tokens = core * GROUP_SIZE + offs_t
+            k = load_tokens(k_ring, raw_stride, k_new, k_stride, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+            v = load_tokens(v_ring, raw_stride, v_new, v_stride, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            scores = tl.zeros([BLOCK_T], q.dtype) if MEAN else tl.sum(k * q, axis=1) * SCALE_LOG2
+            new_max = tl.maximum(row_max, tl.max(tl.where(inside, scores, -float("inf")), axis=0))
+            weights = tl.where(inside, tl.exp2(scores - new_max), 0.0)
+            rescale = tl.exp2(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(weights, axis=0)
+            k_core = k_core * rescale[:, None] + tl.sum(weights[:, None] * k, axis=0)[None, :]
+            v_core = v_core * rescale[:, None] + tl.sum(weights[:, None] * v, axis=0)[None, :]
+            row_max = new_max
+        core_offs = offset((batch, core_head, core), core_strides) + offs_d
+        store_rows(k_core_ptr + core_offs, k_core / row_sum[:, None], one == 0, HEAD_DIM, BLOCK_D)
+        store_rows(v_core_ptr + core_offs, v_core / row_sum[:, None], one == 0, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def split_range(first, end, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The keys of one of SPLITS shares of first .. end - 1, in whole tiles: (first, end); empty if first >= end."""
+    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK) * BLOCK
+    return first + split * share, tl.minimum(first + (split + 1) * share, end)
+
+
+# fmt: off
+@triton.jit
+def attend_split(
+    q_ptr, k_head, v_head, acc_ptr, stats_ptr, q_strides, key_stride, batch, first_head, q_heads, max_tokens, seen,
+    first, end, split,
+    HEADS: tl.constexpr, NUM_NEW: tl.constexpr, CORES: tl.constexpr, RING_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # fmt: on
+    """One split of one segment: all new tokens of HEADS query heads, a row each, against the keys first .. end - 1.
+
+    `split` is its index among the row's SPLITS partial results. A row of no keys has the sum 0; a row of a token that
+    is past `max_tokens` has the sum NaN.
+    """
+    ROWS: tl.constexpr = HEADS * NUM_NEW
+    BLOCK_Q: tl.constexpr = max(16, triton.next_power_of_2(ROWS))
+    rows, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
+    head, index, mask_q = first_head + rows // NUM_NEW, rows % NUM_NEW, rows < ROWS
+    position = seen + index
+    q = load_rows(q_ptr + offset((batch, head, index), q_strides)[:, None] + offs_d, mask_q, HEAD_DIM, BLOCK_D, True)
+    if CORES:
+        first_key, end_key = position * 0, visible_cores(position, GROUP_SIZE, WINDOW_SIZE)
+    else:
+        first_key, end_key = first_local(position, GROUP_SIZE, WINDOW_SIZE), position + 1
+    wide = acc_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], wide)
+    row_max, row_sum = tl.full([BLOCK_Q], -float("inf"), wide), tl.zeros([BLOCK_Q], wide)
+    for start in range(first, end, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        slots = keys if CORES else keys % RING_SIZE
+        key_offs = slots.to(tl.int64)[:, None] * key_stride + offs_d
+        k = load_rows(k_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
+        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
+        visible = visible & (keys < end)[None, :]
+        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
+    row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
+    part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * SPLITS + split
+    store_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, acc, mask_q, HEAD_DIM, BLOCK_D)
+    tl.store(stats_ptr + 2 * part, row_max, mask=mask_q)
+    tl.store(stats_ptr + 2 * part + 1, row_sum, mask=mask_q)
+
+
+# fmt: off
+@triton.jit
+def decode_kernel(
+    q_ptr, k_core_ptr, v_core_ptr, k_raw_ptr, v_raw_ptr, seen_ptr, acc_ptr, stats_ptr,
+    q_strides, core_strides, raw_strides,
+    sizes,
+    Q_PER_CORE: tl.constexpr, Q_PER_KV: tl.constexpr, NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # fmt: on
+    """One split of the core segment of a core head, or of the raw segment of a key/value head."""
+    split, core_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    q_heads, max_tokens = sizes
+    CORES_PER_KV: tl.constexpr = Q_PER_KV // Q_PER_CORE
+    SPLITS: tl.constexpr = SPLITS_CORE + SPLITS_RAW
+    seen = tl.load(seen_ptr + batch)
+    stop = tl.minimum(seen + NUM_NEW, max_tokens)
+    if split < SPLITS_CORE:
+        at = offset((batch, core_head), core_strides)
+        first, end = split_range(0, visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), split, SPLITS_CORE, BLOCK_K)
+        attend_split(
+            q_ptr, k_core_ptr + at, v_core_ptr + at, acc_ptr, stats_ptr, q_strides, core_strides[2], batch,
+            core_head * Q_PER_CORE, q_heads, max_tokens, seen, first, end, split,
+            Q_PER_CORE, NUM_NEW, True, RING_SIZE, HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS,
+            BLOCK_K,
+        )  # fmt: skip
+    elif core_head % CORES_PER_KV == 0:
+        kv_head = core_head // CORES_PER_KV
+        at = offset((batch, kv_head), raw_strides)
+        oldest = first_local(seen, GROUP_SIZE, WINDOW_SIZE)
+        first, end = split_range(oldest, stop, split - SPLITS_CORE, SPLITS_RAW, BLOCK_K)
+        attend_split(
+            q_ptr, k_raw_ptr + at, v_raw_ptr + at, acc_ptr, stats_ptr, q_strides, raw_strides[2], batch,
+            kv_head * Q_PER_KV, q_heads, max_tokens, seen, first, end, split,
+            Q_PER_KV, NUM_NEW, False, RING_SIZE, HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS,
+            BLOCK_K,
+        )  # fmt: skip
+
+
+# fmt: off
+@triton.jit
+def decode_merge_kernel(
+    acc_ptr, stats_ptr, out_ptr, seen_ptr, next_seen_ptr, out_strides, max_tokens,
+    NUM_NEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):
+    # fmt: on
+    """Join the splits of one query head and new token; the first program of a row counts the new tokens.
+
+    Every row saw at least its own key, so the overall maximum is finite unless the inputs were not.
+    """
+    row, batch = tl.program_id(0), tl.program_id(1)
+    first = (batch.to(tl.int64) * tl.num_programs(0) + row) * SPLITS
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_s = tl.arange(0, triton.next_power_of_2(SPLITS))
+    top = tl.max(tl.load(stats_ptr + 2 * (first + offs_s), mask=offs_s < SPLITS, other=-float("inf")), axis=0)
+    acc = tl.zeros([BLOCK_D], acc_ptr.dtype.element_ty)
+    row_sum = tl.zeros((), acc_ptr.dtype.element_ty)
+    for start in range(0, SPLITS, BLOCK_S):
+        offs = start + tl.arange(0, BLOCK_S)
+        part, inside = first + offs, offs < SPLITS
+        weights = tl.exp2(tl.load(stats_ptr + 2 * part, mask=inside, other=-float("inf")) - top)
+        row_sum += tl.sum(weights * tl.load(stats_ptr + 2 * part + 1, mask=inside, other=0.0), axis=0)
+        partial = load_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, inside, HEAD_DIM, BLOCK_D, True)
+        acc += tl.sum(weights[:, None] * partial, axis=0)
+    one = tl.zeros([1], tl.int32) == 0
+    out_at = offset((batch, row // NUM_NEW, row % NUM_NEW), out_strides) + offs_d
+    store_rows(out_ptr + out_at, (acc / row_sum)[None, :], one, HEAD_DIM, BLOCK_D)
+    if row == 0:
+        tl.store(next_seen_ptr + batch, tl.minimum(tl.load(seen_ptr + batch) + NUM_NEW, max_tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig(Config):
+    """Launch choices of `decode_kernel`: keys of a tile, and programs that share the keys of each segment."""
+
+    block_k: int = 64
+    splits_core: int = 8
+    splits_raw: int = 4
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this config cannot run `problem`, or None."""
+        return smallest_block_refusal(self, problem)
+
+    def launch_args(self) -> dict[str, int]:
+        """Keyword arguments of the launch: all but Triton's own upper-cased to their constexpr names."""
+        return {k if k.startswith("num_") else k.upper(): v for k, v in asdict(self).items()}
+
+
+SPACE = {
+    "block_k": (32, 64, 128),
+    "splits_core": (4, 8, 16, 32, 64),
+    "splits_raw": (1, 2, 4, 8),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+
+
+def default_config(problem: Problem, arch: str) -> DecodeConfig:
+    """A config that runs `problem` on every supported GPU.
+
+    It does not depend on the batch, so that a row's bits do not either: a row alone is worth about 256 programs for
+    the cores and 64 for the raw tokens. A tile of keys takes at most 16 KiB. The interpreter runs one at a time.
+    """
+    if arch == "cpu":
+        return DecodeConfig(block_k=32, splits_core=2, splits_raw=1)
+    block_k = max(16, min(64, 2**14 // (padded_dim(problem.head_dim) * problem.element_bytes)))
+    return DecodeConfig(
+        block_k=block_k,
+        splits_core=max(1, min(32, 256 // problem.num_core_heads)),
+        splits_raw=max(1, min(8, 64 // problem.kv_heads)),
+    )
+
+
+def launch_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    k_raw: Tensor,
+    v_raw: Tensor,
+    seen: Tensor,
+    next_seen: Tensor,
+    *,
+    spec: CCASpec,
+    config: DecodeConfig,
+    max_tokens: int,
+) -> None:
+    """Append n new tokens to a row's state and fill `out` with what they see.
+
+    Args:
+        q, out: (B, Hq, n, D); k, v: (B, Hkv, n, D); any strides, last one 1.
+        k_core, v_core: (B, Hc, C, D) with the same strides, room for the groups that the step completes.
+        k_raw, v_raw: (B, Hkv, W, D) with the same strides, W >= w + g - 2 + n; position p lies at ``p % W``.
+        seen: (B,) int32, tokens that each row held before. next_seen: (B,) int32, filled with what it holds then;
+            may be `seen` itself.
+        max_tokens: tokens that the cores have room for; further ones are not stored and their output is NaN.
+    """
+    batch, q_heads, new, head_dim = q.shape
+    kv_heads, core_heads, ring = k.shape[1], k_core.shape[1], k_raw.shape[2]
+    if k_core.stride() != v_core.stride() or k_raw.stride() != v_raw.stride():
+        raise ValueError("k_core and v_core, and k_raw and v_raw, must share their strides")
+    if ring < spec.max_local_tokens() - 1 + new or q_heads // kv_heads * new > MAX_ROWS:
+        raise ValueError(f"{new} new tokens are too many for a ring of {ring} or for {MAX_ROWS} rows a tile")
+    wide, splits = accumulator_dtype(q.dtype), config.splits_core + config.splits_raw
+    acc = torch.empty(batch, q_heads, new, splits, head_dim, dtype=wide, device=q.device)
+    stats = torch.empty(batch, q_heads, new, splits, 2, dtype=wide, device=q.device)
+    sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim)}
+    ring_sizes = {"RING_SIZE": ring, "GROUP_SIZE": spec.group_size, "SCALE_LOG2": scale_log2(spec, head_dim)}
+    append_kernel[triton.cdiv(new, spec.group_size), core_heads, batch](
+        q, k, v, k_core, v_core, k_raw, v_raw, seen,
+        q.stride(), k.stride(), v.stride(), k_core.stride(), k_raw.stride(),
+        (max_tokens, core_heads // kv_heads, q_heads // core_heads),
+        MEAN=spec.pooling == "mean",
+        BLOCK_T=min(16, triton.next_power_of_2(spec.group_size)),
+        num_warps=config.num_warps,
+        **sizes,
+        **ring_sizes,
+    )  # fmt: skip
+    decode_kernel[splits, core_heads, batch](
+        q, k_core, v_core, k_raw, v_raw, seen, acc, stats,
+        q.stride(), k_core.stride(), k_raw.stride(),
+        (q_heads, max_tokens),
+        Q_PER_CORE=q_heads // core_heads,
+        Q_PER_KV=q_heads // kv_heads,
+        WINDOW_SIZE=spec.window_size,
+        **sizes,
+        **ring_sizes,
+        **config.launch_args(),
+    )  # fmt: skip
+    decode_merge_kernel[q_heads * new, batch](
+        acc, stats, out, seen, next_seen, out.stride(), max_tokens,
+        SPLITS=splits, BLOCK_S=MERGED_AT_ONCE, num_warps=config.num_warps, **sizes,
+    )  # fmt: skip
+
+
+def work(problem: Problem, config: Config) -> Work:
+    """Each visible key and value read once; the new tokens, the split results and the output are small beside them."""
+    b, t, d = problem.batch, problem.seq_len, problem.head_dim
+    cores, raw = problem.spec.visible_cores(t), len(problem.spec.local_range(t))
+    rows = 2 * (problem.num_core_heads * cores + problem.kv_heads * raw) + 2 * (problem.q_heads + problem.kv_heads)
+    pairs = float(b * problem.q_heads * (cores + raw))
+    return Work(flops=4.0 * pairs * d, bytes=float(b * rows * d * problem.element_bytes), exp2=pairs)
+
+
+def allocate(problem: Problem, device: torch.device, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """A state of `seq_len` tokens and one new token, all at random; out and next_seen empty."""
+    b, t, d = problem.batch, problem.seq_len, problem.head_dim
+    cores = (b, problem.num_core_heads, problem.spec.num_groups(t + 1), d)
+    ring = (b, problem.kv_heads, problem.spec.max_local_tokens(), d)
+    new = {"q": (b, problem.q_heads, 1, d), "k": (b, problem.kv_heads, 1, d), "v": (b, problem.kv_heads, 1, d)}
+    state = {"k_core": cores, "v_core": cores, "k_raw": ring, "v_raw": ring}
+    tensors = draw(new | state, problem, device, generator)
+    seen = torch.full((b,), t, dtype=torch.int32, device=device)
+    return tensors | {"out": torch.empty_like(tensors["q"]), "seen": seen, "next_seen": torch.empty_like(seen)}
+
+
+def launch(problem: Problem, tensors: dict[str, Tensor], config: DecodeConfig) -> None:
+    """One step on what `allocate` made; `seen` stays as it was, so that every launch does the same."""
+    launch_decode(**tensors, spec=problem.spec, config=config, max_tokens=UNBOUNDED)
+
+
+DECODE = Tunable(
+    name="decode",
+    config=DecodeConfig,
+    space=SPACE,
+    default=default_config,
+    allocate=allocate,
+    launch=launch,
+    work=work,
+    kernels=(append_kernel, decode_kernel, decode_merge_kernel),
+)
