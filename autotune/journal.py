@@ -1,0 +1,119 @@
+"""What was found, one JSON line for each finished trial, so that no run does a trial that another has done.
+
+Lines are only ever appended, under a lock and flushed to the disk. A line that was cut short by a power cut or a kill
+is dropped by the next run that writes; any other damage is an error that says where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from filelock import FileLock
+
+Phase = Literal["sketch", "compile", "measure", "verify"]
+VERSION = 1
+
+
+class JournalError(ValueError):
+    """A journal that cannot be read or written; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes two trials the same.
+
+    `device` is what the phase depends on: the architecture for "sketch" and "compile", the GPU for "measure", the mode
+    for "verify".
+    """
+
+    phase: Phase
+    kernel: str
+    source_hash: str
+    problem: str
+    config: str
+    device: str
+    triton: str
+
+
+class Journal:
+    """The records under `folder`; a context manager that keeps the file open for appending."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "journal.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / "journal.lock")
+            with self._lock:
+                self._file = self.path.open("ab+")
+        except OSError as error:
+            raise JournalError(f"the cache directory {folder} cannot be written: {error.strerror or error}") from error
+        self._records = self._load()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, key: Key) -> Mapping[str, Any] | None:
+        """What was recorded last under `key`, or None."""
+        return self._records.get(key)
+
+    def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
+        """Append finished trials; on return they are on the disk."""
+        new = dict(records)
+        lines = [_line(key, value) for key, value in new.items()]
+        with self._lock:
+            self._drop_torn_line()
+            self._file.write("".join(lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._records |= new
+
+    def _drop_torn_line(self) -> None:
+        """Cut off what follows the last line end: whoever wrote it did not live to finish."""
+        content_end = self._file.seek(0, os.SEEK_END)
+        keep = content_end
+        while keep > 0:
+            start = max(0, keep - 4096)
+            self._file.seek(start)
+            newline = self._file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < content_end:
+            self._file.truncate(keep)
+        self._file.seek(0, os.SEEK_END)
+
+    def _load(self) -> dict[Key, Mapping[str, Any]]:
+        with self._lock:
+            self._file.seek(0)
+            lines = self._file.read().split(b"\n")
+        records = {}
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                record = json.loads(line)
+                if record["version"] != VERSION:
+                    raise ValueError(f"it is of version {record['version']}, this program writes {VERSION}")
+                records[Key(**record["key"])] = record["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                message = f"{self.path}, line {number}, is not a record ({error}); repair it or move the file away"
+                raise JournalError(message) from error
+        return records
+
+
+def _line(key: Key, value: Mapping[str, Any]) -> str:
+    fields = {name: getattr(key, name) for name in Key.__dataclass_fields__}
+    return json.dumps({"version": VERSION, "key": fields, "value": value}) + "\n"

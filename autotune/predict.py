@@ -1,0 +1,136 @@
+"""The stated cost model: what a compiled config should take on a GPU that is not there.
+
+A launch is bounded by its slowest resource. Each term is a time in microseconds if that resource alone counted:
+
+- tensor: operations over the peak rate (of the tensor cores; of the vector units for float32, or without a product);
+- shared: operands of the products read from shared memory, 128 bytes a clock and SM. Each holder of rows (a warp, a
+  warp group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least;
+- l2: bytes that tiles load, re-reads included, at 32 bytes a clock and SM;
+- hbm: bytes read and written once, at the peak rate or at what the loads in flight allow (Little's law);
+- softmax: exponentials, 16 a clock and SM, and six vector operations on each score.
+
+The terms other than the slowest hide behind it as far as there are other warps to run: what they add is divided by
+the warps resident per scheduler, times 1.5 with a pipelined loop. The sum is multiplied by the quantisation (programs
+of the fullest SM over the mean), and by one plus the share of a thread's state that was spilled. A further launch of
+the same call adds two microseconds. The constants are the ones above, none is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kernels.tunable import Config, Work
+from ..problem import Problem
+from .compile import Launch, Resources
+from .devices import Device
+
+SHARED_BYTES_PER_CLOCK = 128
+L2_BYTES_PER_CLOCK = 32
+EXP2_PER_CLOCK = 16
+SOFTMAX_OPERATIONS = 6
+MEMORY_LATENCY_US = 0.7
+PIPELINE_HIDING = 1.5
+EXTRA_LAUNCH_US = 2.0
+SCHEDULERS = 4
+ASSUMED_REGISTERS = 90
+"""What addresses, masks and operands take besides the live tiles, in an estimate without a compiled kernel."""
+FULL_REGISTER_FILE_SPILL = 4
+"""Bytes of a register: a thread with R registers and 4 R spilled bytes keeps half of its state in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A modelled time and its parts: the terms in microseconds, the factors, and the resident warps per scheduler."""
+
+    total_us: float
+    parts: dict[str, float]
+
+
+def roofline_us(device: Device, problem: Problem, work: Work) -> float:
+    """The least time that `work` can take at the device's peak rates."""
+    tensor = work.flops / _operations_per_us(device, problem, products=True)
+    return max(tensor, work.bytes / (device.hbm_gbps * 1e3))
+
+
+def blocks_per_sm(device: Device, resources: Resources) -> int:
+    """Blocks of a kernel that one SM holds at a time; 0 if it cannot hold one."""
+    threads = resources.num_warps * device.threads_per_warp
+    registers = max(1, resources.registers) * threads
+    limits = (
+        device.blocks_per_sm,
+        device.warps_per_sm // resources.num_warps,
+        device.registers_per_sm // registers,
+        device.shared_bytes_per_sm // max(1, resources.shared_bytes),
+    )
+    return 0 if resources.shared_bytes > device.shared_bytes_per_block else min(limits)
+
+
+def estimated(device: Device, launch: Launch, config: Config) -> Resources:
+    """What the kernel will take at least, from its Triton IR alone."""
+    threads = config.num_warps * device.threads_per_warp
+    wanted = launch.traits.live_bytes // (4 * threads) + ASSUMED_REGISTERS
+    registers = min(wanted, device.registers_per_thread)
+    shared = max(1, config.num_stages - 1) * launch.traits.stage_bytes
+    return Resources(launch.kernel, shared, registers, 4 * (wanted - registers), config.num_warps)
+
+
+def predict(
+    device: Device, problem: Problem, config: Config, work: Work, launches: Sequence[tuple[Launch, Resources]]
+) -> Prediction:
+    """The time of one call. All its work is laid on the launch that loads most; the others only add their start."""
+    launch, resources = max(launches, key=lambda pair: pair[0].programs * pair[0].traits.load_bytes)
+    blocks = max(1, blocks_per_sm(device, resources))
+    resident = min(blocks, math.ceil(launch.programs / device.sm_count))
+    warps = resident * resources.num_warps / SCHEDULERS
+    hiding = max(1.0, warps * (PIPELINE_HIDING if config.num_stages > 1 else 1.0))
+    terms = _terms(device, problem, config, work, launch, resources, resident)
+    slowest = max(terms.values())
+    exposed = (sum(terms.values()) - slowest) / hiding
+    quantisation = math.ceil(launch.programs / device.sm_count) * device.sm_count / launch.programs
+    spill = 1.0 + resources.spill_bytes / (FULL_REGISTER_FILE_SPILL * max(1, resources.registers))
+    further = EXTRA_LAUNCH_US * (len(launches) - 1)
+    parts = {f"{name}_us": time for name, time in terms.items()}
+    parts |= {"exposed_us": exposed, "quantisation": quantisation, "spill": spill, "warps_per_scheduler": warps}
+    return Prediction((slowest + exposed) * quantisation * spill + further, {**parts, "further_launches_us": further})
+
+
+def _operations_per_us(device: Device, problem: Problem, products: bool) -> float:
+    on_tensor_cores = products and problem.element_bytes == 2
+    return (device.tensor_tflops if on_tensor_cores else device.fp32_tflops) * 1e6
+
+
+def _terms(
+    device: Device, problem: Problem, config: Config, work: Work, launch: Launch, resources: Resources, resident: int
+) -> dict[str, float]:
+    traits = launch.traits
+    clocks = device.sm_count * device.clock_mhz  # of all SMs, in a microsecond
+    products = traits.dot_flops > 0
+    loaded = work.flops * traits.load_bytes / traits.dot_flops if products else work.bytes
+    operands = (
+        work.flops * problem.element_bytes / (2 * _rows_of_a_reader(device, launch, resources)) if products else 0
+    )
+    stages = max(1, config.num_stages - 1)
+    in_flight = (
+        min(launch.programs, device.sm_count) * resident * stages * max(traits.stage_bytes, traits.load_bytes / 4)
+    )
+    hbm = min(device.hbm_gbps * 1e3, in_flight / MEMORY_LATENCY_US)
+    vector = device.fp32_tflops * 1e6 / 2
+    return {
+        "tensor": work.flops / _operations_per_us(device, problem, products),
+        "shared": operands / (clocks * SHARED_BYTES_PER_CLOCK),
+        "l2": loaded / (clocks * L2_BYTES_PER_CLOCK),
+        "hbm": work.bytes / max(hbm, 1.0),
+        "softmax": work.exp2 / (clocks * EXP2_PER_CLOCK) + work.exp2 * SOFTMAX_OPERATIONS / vector,
+    }
+
+
+def _rows_of_a_reader(device: Device, launch: Launch, resources: Resources) -> float:
+    """Rows of a product that one read of the other operand serves."""
+    rows = launch.traits.dot_rows
+    if device.arch == "sm_100":
+        return float(min(rows, 128))
+    if device.arch == "sm_90" and rows >= 64:
+        return 64.0
+    return max(16.0, rows / resources.num_warps)

@@ -1,0 +1,79 @@
+"""What is asked of a run, and how far each of its kernels has come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..kernels.tunable import Config, Tunable
+from ..problem import Problem
+from .compile import Sketch
+from .devices import Device
+from .jobs import verify_by_gate
+from .search import Trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to tune. `at_hand`: the GPU is in this machine, so configs are timed, not predicted.
+
+    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all. `verify` is called
+    in worker processes as `verify_by_gate` is, so it must pickle.
+    """
+
+    device: Device
+    problem: Problem
+    tunables: tuple[Tunable, ...]
+    cache_folder: Path
+    at_hand: bool
+    jobs: int
+    most_compiled: int
+    verify: Callable[[str, str, Config, Problem], Any] = verify_by_gate
+
+
+@dataclass
+class Progress:
+    """One kernel: the stage it is at, what became of its configs, and what was chosen.
+
+    Of `legal` configs (`refused` more broke their own rules), `same` launch what another does, `ruled_out` cannot fit,
+    `outranked` were expected to be slower than those compiled, `failed` did not compile, time or verify, `dropped` do
+    not fit once compiled. `trouble` says why nothing was chosen.
+    """
+
+    tunable: Tunable
+    default: Config
+    stage: str = "waiting"
+    legal: int = 0
+    refused: int = 0
+    same: int = 0
+    ruled_out: Counter[str] = field(default_factory=Counter)
+    outranked: int = 0
+    to_compile: int = 0
+    cached: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    timed: int = 0
+    sketches: dict[Config, Sketch] = field(default_factory=dict)
+    trials: dict[Config, Trial] = field(default_factory=dict)
+    quarantined: dict[Config, str] = field(default_factory=dict)
+    chosen: Trial | None = None
+    evidence: dict[str, Any] | None = None
+    trouble: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.tunable.name
+
+    @property
+    def compiled(self) -> int:
+        """Configs whose compilation has an outcome."""
+        return len(self.trials)
+
+
+def plan(request: Request) -> list[Progress]:
+    """The kernels of a run that has not begun."""
+    return [Progress(t, t.default(request.problem, request.device.arch)) for t in request.tunables]

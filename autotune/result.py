@@ -1,0 +1,97 @@
+"""A finished run as a profile and as JSON."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import triton
+
+from .. import __version__
+from ..profiles.configs import source_hash
+from ..profiles.schema import (
+    Baseline,
+    DeviceIdentity,
+    Entry,
+    KernelResources,
+    Latency,
+    Predicted,
+    Profile,
+    Semantics,
+    Software,
+    Verification,
+)
+from ..profiles.store import make_profile
+from .devices import Device
+from .progress import Progress, Request
+from .report import baseline_us
+
+
+def profile_of(request: Request, kernels: Sequence[Progress]) -> Profile:
+    """The profile of the kernels that have a verified choice."""
+    settled = [kernel for kernel in kernels if kernel.chosen is not None]
+    return make_profile(
+        device=_identity(request.device),
+        software=Software(
+            cca_attention=__version__,
+            triton=triton.__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            cuda=torch.version.cuda,
+        ),
+        semantic=Semantics.of(request.problem),
+        kernels={kernel.name: source_hash(kernel.name) for kernel in settled},
+        entries=[_entry(request, kernel) for kernel in settled],
+    )
+
+
+def _identity(device: Device) -> DeviceIdentity:
+    return DeviceIdentity(**{name: getattr(device, name) for name in DeviceIdentity.model_fields})
+
+
+def _entry(request: Request, kernel: Progress) -> Entry:
+    chosen, evidence = kernel.chosen, kernel.evidence
+    if chosen is None or evidence is None:
+        raise ValueError(f"{kernel.name} has no verified choice")
+    timing = chosen.timing
+    return Entry(
+        kernel=kernel.name,
+        problem=request.problem,
+        config=asdict(chosen.config),
+        evidence="modelled" if timing is None else "measured",
+        latency=None if timing is None else Latency(**asdict(timing)),
+        predicted=None if chosen.prediction is None else Predicted(**asdict(chosen.prediction)),
+        resources=tuple(KernelResources(**asdict(kernel)) for kernel in chosen.resources),
+        baseline=Baseline(config=asdict(kernel.default), time_us=baseline_us(kernel)),
+        verification=Verification(**{name: evidence[name] for name in Verification.model_fields}),
+    )
+
+
+def summary_of(request: Request, kernels: Sequence[Progress], output: str | None) -> dict[str, Any]:
+    """The run for machines: what was chosen, what became of every config, and where the profile is (None: nowhere)."""
+    return {
+        "device": request.device.name,
+        "evidence": "measured" if request.at_hand else "modelled",
+        "problem": request.problem.as_dict(),
+        "profile": output,
+        "kernels": {kernel.name: _kernel_summary(kernel) for kernel in kernels},
+    }
+
+
+def _kernel_summary(kernel: Progress) -> dict[str, Any]:
+    counts = ("refused", "legal", "same", "outranked", "to_compile", "compiled", "cached", "timed")
+    chosen = kernel.chosen
+    return {
+        **{name: getattr(kernel, name) for name in counts},
+        **{name: dict(getattr(kernel, name)) for name in ("ruled_out", "dropped", "failed")},
+        "quarantined": [{"config": asdict(config), "reason": why} for config, why in kernel.quarantined.items()],
+        "chosen": None if chosen is None else asdict(chosen.config),
+        "time_us": None if chosen is None else chosen.time_us,
+        "default": asdict(kernel.default),
+        "default_time_us": baseline_us(kernel),
+        "verification": kernel.evidence,
+        "trouble": kernel.trouble,
+    }

@@ -1,0 +1,260 @@
+"""The commands. Words go to stderr, results to stdout; options are checked before anything is loaded or begun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .autotune.devices import Device
+    from .autotune.progress import Progress, Request
+    from .profiles.schema import Profile
+
+OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
+MOST_JOBS = 8
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+OPTIONS = {
+    "seq_len": "--ctx", "batch": "--batch", "q_heads": "--heads", "kv_heads": "--kv-heads", "head_dim": "--head-dim",
+    "group_size": "--group-size", "window_size": "--window-size", "core_heads": "--core-heads", "pooling": "--pooling",
+    "dtype": "--dtype",
+}  # fmt: skip
+EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
+
+It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it.
+
+Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong usage, nothing was begun;
+3 no usable GPU; 130 interrupted, what was finished is kept and the same command goes on from there."""
+
+
+class Refused(Exception):
+    """A request that cannot be carried out: one line for the user and the exit code."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from error
+
+
+def _number(option: str, description: str) -> Any:
+    return typer.Option(option, parser=_whole, metavar="N", help=description)
+
+
+def _choice(option: str, description: str, *choices: str) -> Any:
+    return typer.Option(option, metavar="|".join(choices), help=description)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EPILOG)
+def tune(
+    ctx: Annotated[int, _number("--ctx", "Context length in tokens.")],
+    gpu: Annotated[str | None, typer.Option("--gpu", help="GPU to tune for; default: the one at hand.")] = None,
+    group_size: Annotated[int, _number("--group-size", "Tokens of one core token.")] = 16,
+    window_size: Annotated[int, _number("--window-size", "Recent tokens that are seen raw.")] = 1024,
+    heads: Annotated[int, _number("--heads", "Query heads.")] = 32,
+    kv_heads: Annotated[int, _number("--kv-heads", "Key/value heads.")] = 8,
+    head_dim: Annotated[int, _number("--head-dim", "Head dimension, 16 to 256.")] = 128,
+    batch: Annotated[int, _number("--batch", "Sequences of a batch.")] = 1,
+    dtype: Annotated[str, _choice("--dtype", "Element type of q, k and v.", *DTYPES)] = "bf16",
+    core_heads: Annotated[str, _choice("--core-heads", "Which heads have cores.", "query", "kv")] = "query",
+    pooling: Annotated[str, _choice("--pooling", "How groups are pooled.", "last_query", "mean")] = "last_query",
+    kernels: Annotated[str, typer.Option("--kernels", help="Kernels, with commas between.")] = "all",
+    candidates: Annotated[int, _number("--candidates", "Configs compiled for a kernel at most; 0: every one.")] = 24,
+    output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
+    jobs: Annotated[int | None, _number("--jobs", "Worker processes; default: one for each core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")] = False,
+) -> int:
+    """Find the fastest verified launch configs of the CCA attention kernels for a GPU, and write them to a profile.
+
+    On a machine with that GPU every config is timed. Without it, configs are compiled for it, those that cannot run
+    there are dropped, and the rest is ranked by a model; the profile says which it was.
+    """
+    problem = _problem(
+        batch=batch, q_heads=heads, kv_heads=kv_heads, seq_len=ctx, head_dim=head_dim, group_size=group_size,
+        window_size=window_size, core_heads=core_heads, pooling=pooling, dtype=DTYPES.get(dtype, dtype),
+    )  # fmt: skip
+    device = _device(gpu)
+    output = output or Path(f"{device.name}.yaml")
+    _check_output(output)
+    request = _request(device, problem, kernels, cache_dir, _default_jobs() if jobs is None else jobs, candidates)
+    return _run(request, output, as_json=as_json, quiet=quiet)
+
+
+def tune_main(arguments: Sequence[str] | None = None) -> None:
+    """The command `cca-tune`; ends the process with its exit code."""
+    sys.exit(_guarded(arguments))
+
+
+def _guarded(arguments: Sequence[str] | None) -> int:
+    # typer keeps click's exceptions in different places from version to version
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    try:
+        return int(app(arguments, prog_name="cca-tune", standalone_mode=False) or OK)
+    except usage_error as error:
+        return _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
+    except Refused as error:
+        return _fail(str(error), error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what was finished is kept, the same command goes on from there", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"cca-tune: {message}", err=True)
+    return code
+
+
+def _problem(**sizes: Any) -> Problem:
+    try:
+        return Problem(**sizes)
+    except ValueError as error:
+        message = str(error)
+        for name, option in OPTIONS.items():
+            message = message.replace(name, option)
+        raise Refused(message) from error
+
+
+def _device(name: str | None) -> Device:
+    from .autotune.devices import device_at_hand, device_table, find_device
+
+    known = ", ".join(device_table())
+    try:
+        device = device_at_hand() if name is None else find_device(name)
+    except LookupError as error:
+        raise Refused(str(error.args[0]), NO_DEVICE if name is None else USAGE) from error
+    if device is None:
+        raise Refused(f"there is no GPU here; name the one to tune for: --gpu {known}", NO_DEVICE)
+    return device
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise Refused(f"--output {output} is a directory")
+    if not output.parent.is_dir():
+        raise Refused(f"--output {output}: there is no directory {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise Refused(f"--output {output}: the directory {output.parent} cannot be written")
+
+
+def _default_jobs() -> int:
+    return min(MOST_JOBS, len(os.sched_getaffinity(0)))
+
+
+def _request(
+    device: Device, problem: Problem, kernels: str, cache_dir: Path | None, jobs: int, candidates: int
+) -> Request:
+    if jobs < 1:
+        raise Refused(f"--jobs must be at least 1, got {jobs}")
+    if candidates < 0:
+        raise Refused(f"--candidates must be at least 0, got {candidates}")
+    from platformdirs import user_cache_path
+
+    from .autotune.devices import device_at_hand
+    from .autotune.progress import Request
+    from .profiles.configs import tunables
+
+    known = tunables()
+    names = list(known) if kernels == "all" else [name.strip() for name in kernels.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise Refused(f"--kernels: there is no kernel {', '.join(unknown)}; there are {', '.join(known)}")
+    try:
+        at_hand = device_at_hand() == device
+    except LookupError:
+        at_hand = False  # a GPU that the table does not have is not the one asked for
+    return Request(
+        device=device,
+        problem=problem,
+        tunables=tuple(known[name] for name in dict.fromkeys(names)),
+        cache_folder=cache_dir or user_cache_path("cca-attention"),
+        at_hand=at_hand,
+        jobs=jobs,
+        most_compiled=candidates,
+    )
+
+
+def _run(request: Request, output: Path, *, as_json: bool, quiet: bool) -> int:
+    from rich.console import Console
+
+    from .autotune.journal import Journal, JournalError
+    from .autotune.progress import plan
+    from .autotune.report import display_for
+    from .autotune.tune import Tuner
+
+    held = _held_profile(request, output)
+    words = Console(stderr=True, quiet=quiet)
+    how = "measured here" if request.at_hand else "predicted: that GPU is not in this machine"
+    kernels = plan(request)
+    try:
+        with Journal(request.cache_folder) as journal:
+            words.print(f"{request.device.name}, {request.problem}; times are {how}", highlight=False, soft_wrap=True)
+            with display_for(words, kernels, quiet) as display:
+                Tuner(request, journal, kernels, display).run()
+    except JournalError as error:
+        raise Refused(str(error)) from error
+    settled = [kernel for kernel in kernels if kernel.chosen is not None]
+    if settled:
+        _write(request, settled, held, output)
+    _show(request, kernels, output if settled else None, words, as_json=as_json)
+    return OK if len(settled) == len(kernels) else WRONG
+
+
+def _held_profile(request: Request, output: Path) -> Profile | None:
+    """The profile that is at `output` already, to which this run adds."""
+    from .autotune.result import profile_of
+    from .profiles.store import ProfileError, merged, read_profile
+
+    if not output.exists():
+        return None
+    try:
+        held = read_profile(output)
+        merged(held, profile_of(request, []))
+    except ProfileError as error:
+        raise Refused(f"--output {output} exists and cannot be added to: {error}") from error
+    return held
+
+
+def _write(request: Request, settled: Sequence[Progress], held: Profile | None, output: Path) -> None:
+    from .autotune.result import profile_of
+    from .profiles.store import merged, write_profile
+
+    profile = profile_of(request, settled)
+    write_profile(profile if held is None else merged(held, profile), output)
+
+
+def _show(request: Request, kernels: Sequence[Progress], output: Path | None, words: Console, *, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from .autotune.report import choice_table
+    from .autotune.result import summary_of
+
+    if as_json:
+        typer.echo(json.dumps(summary_of(request, kernels, None if output is None else str(output)), indent=2))
+    results = words if as_json else Console()
+    results.print(choice_table(kernels, results.width))
+    for kernel in kernels:
+        if kernel.trouble is not None:
+            words.print(f"{kernel.name} has no config: {kernel.trouble}", style="red", markup=False, soft_wrap=True)
+    if output is not None:
+        use = f'cca_attention(..., profile="{output}")'
+        results.print(f"wrote {output}; use it with {use}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        words.print("no profile was written", style="red")
