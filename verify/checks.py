@@ -6,14 +6,17 @@ Tests, the gate of a candidate config and the mutants all call these; a check ne
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..attention import cca_attention
+from ..cache import CCACache
 from ..kernels import reference
-from .inputs import Case, Inputs, make_inputs
+from .cases import Case
+from .inputs import Inputs, make_inputs
 from .rounding import Bounded, ErrorModel, exact_weights
 from .rounding_backward import gradients
 from .tolerance import Comparison, compare, compare_bitwise
@@ -183,13 +186,105 @@ def isolation(case: Case) -> list[Comparison]:
     return found
 
 
-def configs_matter(case: Case, other: Case) -> list[Comparison]:
-    """Two schedules for the same numbers are both right and are not the same launch: some bits must differ."""
-    inputs = make_inputs(case)
-    results = [run(each, inputs, grads=True) for each in (case, other)]
+def schedule_is_used(case: Case) -> list[Comparison]:
+    """With the case's schedule and without, the results are right, and not all bits are the same."""
+    inputs, found = make_inputs(case), []
+    results = [run(each, inputs, grads=True) for each in (case, replace(case, schedule=None))]
     expected = oracle(case, inputs, grads=True)
-    found = [comparison for each in results for comparison in _compare_all(each, expected)]
-    for name in expected:
-        same = compare_bitwise(name, results[0][name], results[1][name])
-        found.append(Comparison(f"{name} depends on the config", float(same.ok), (), not same.ok, detail="bits differ"))
+    for each in results:
+        found += _compare_all(each, expected)
+    same = all(comparison.ok for comparison in _same_bits(*results))
+    detail = "the schedule changes no bit" if same else ""
+    return [*found, Comparison("schedule", math.inf if same else 0.0, (), not same, detail=detail)]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def make_cache(case: Case, rollback: int = 0) -> CCACache:
+    """An empty cache for the case's tensors."""
+    p = case.problem
+    return CCACache(
+        case.spec, batch=p.batch, q_heads=p.q_heads, kv_heads=p.kv_heads, head_dim=p.head_dim, dtype=case.dtype,
+        device=case.device, rollback=rollback, backend=case.backend, profile=case.schedule,
+    )  # fmt: skip
+
+
+def feed(cache: CCACache, inputs: Inputs, first: int, sizes: Iterable[int]) -> Tensor:
+    """Outputs [B, Hq, n, D] of the tokens from `first` on, in calls of `sizes`: decode up to 4 tokens, else prefill."""
+    outs = []
+    for size in sizes:
+        chunk = [x[:, :, first : first + size] for x in inputs[:3]]
+        outs.append(cache.decode(*chunk) if 0 < size <= 4 else cache.prefill(*chunk))
+        first += size
+    return torch.cat(outs, dim=2)
+
+
+def chunk_sizes(tokens: int) -> list[int]:
+    """A prefill, single tokens, several tokens a step, an empty chunk and a second prefill: over group edges."""
+    sizes, left = [], tokens
+    for size in (tokens // 3, 1, 1, 1, 2, 0, 3, 1, max(5, tokens // 4), 4):
+        sizes.append(min(size, left))
+        left -= sizes[-1]
+    return [*sizes, *[1] * left]
+
+
+def decode_equals_prefill(case: Case) -> list[Comparison]:
+    """A cache fed in chunks and single tokens gives the rows of the whole sequence, and holds its core tokens."""
+    inputs, p, cache = make_inputs(case), case.problem, make_cache(case, rollback=3)
+    out = feed(cache, inputs, 0, chunk_sizes(p.seq_len))
+    model = ErrorModel(*inputs[:3], case.spec, case.dtype)
+    held = {"out": out, "k_core": cache.k_core, "v_core": cache.v_core}
+    found = [compare("out", out, oracle(case, inputs)["out"])]
+    found += [compare(name, held[name], getattr(model, name)) for name in ("k_core", "v_core")]
+    sizes = {"q_heads": p.q_heads, "kv_heads": p.kv_heads, "head_dim": p.head_dim, "element_bytes": p.element_bytes}
+    counts = torch.tensor([cache.seen, cache.nbytes])
+    expected = torch.tensor([p.seq_len, case.spec.cache_bytes(p.seq_len, batch=p.batch, **sizes)])
+    return [*found, compare_bitwise("seen and nbytes", counts, expected)]
+
+
+def crop_equals_fresh(case: Case) -> list[Comparison]:
+    """Tokens that were appended and cropped again leave no trace: the rows after them are the oracle's."""
+    inputs, p, cache = make_inputs(case), case.problem, make_cache(case, rollback=3)
+    wrong = Inputs(*(x.flip(2) for x in inputs))
+    kept, found = p.seq_len // 2, []
+    feed(cache, inputs, 0, [kept])
+    expected = oracle(case, inputs)["out"]
+    for first in range(kept, p.seq_len):
+        feed(cache, wrong, 0, [4])
+        cache.crop(first)
+        out = feed(cache, inputs, first, [1])
+        rows = slice(first, first + 1)
+        found.append(compare(f"out of row {first}", out, Bounded(*(x[:, :, rows] for x in expected))))
     return found
+
+
+def reorder_equals_fresh(case: Case) -> list[Comparison]:
+    """After a reorder every row goes on as the sequence that it became a copy of."""
+    inputs, p, cache = make_inputs(case), case.problem, make_cache(case)
+    half, index = p.seq_len // 2, torch.arange(p.batch, device=case.device).flip(0)
+    feed(cache, inputs, 0, [half])
+    cache.reorder(index)
+    joined = Inputs(*(torch.cat([x[index, :, :half], x[:, :, half:]], dim=2) for x in inputs))
+    out = feed(cache, joined, half, chunk_sizes(p.seq_len - half))
+    expected = oracle(case, joined)["out"]
+    return [compare("out", out, Bounded(*(x[:, :, half:] for x in expected)))]
+
+
+CHECKS: dict[str, Callable[[Case], list[Comparison]]] = {
+    check.__name__: check
+    for check in (
+        forward_equals_oracle,
+        backward_equals_oracle,
+        sequences_equal_alone,
+        causality,
+        partition,
+        bitwise_repeat,
+        isolation,
+        schedule_is_used,
+        decode_equals_prefill,
+        crop_equals_fresh,
+        reorder_equals_fresh,
+    )
+}
+"""Every check by its name."""

@@ -1,4 +1,4 @@
-"""What the checks feed in: a case, and inputs that provoke faults (verification.md section 6).
+"""What the checks feed in: inputs that provoke faults (verification.md section 6).
 
 Values are drawn on the CPU from a seeded generator, so that a case means the same numbers on every machine, and
 rounded to the problem's dtype before anybody, the oracle included, sees them.
@@ -8,97 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.tunable import Schedule
-from ..problem import Problem
-from ..spec import CCASpec, check_choice
+from ..spec import check_choice
+from .cases import Case
 
 Family = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One call to check.
-
-    Args:
-        problem: shape, semantics and dtype.
-        family: the distribution of the values, a key of `FAMILIES`.
-        layout: how the tensors lie in memory, a key of `LAYOUTS`.
-        lengths: of packed documents, adding up to ``problem.seq_len``; the batch is then 1.
-        bounds: first and one-past-last real token of each row of a padded batch.
-        scale: softmax scale, None for the default.
-        schedule: configs to force.
-        backend, device: passed on.
-        seed: of the values.
-    """
-
-    problem: Problem
-    family: str = "randn"
-    layout: str = "contiguous"
-    lengths: tuple[int, ...] | None = None
-    bounds: tuple[tuple[int, int], ...] | None = None
-    scale: float | None = None
-    schedule: Schedule | None = None
-    backend: str = "triton"
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("family", self.family, tuple(FAMILIES))
-        check_choice("layout", self.layout, tuple(LAYOUTS))
-        if self.lengths is not None and (sum(self.lengths) != self.problem.seq_len or self.problem.batch != 1):
-            raise ValueError(f"lengths {self.lengths} must add up to seq_len of a batch of one, got {self.problem}")
-        if self.bounds is not None and len(self.bounds) != self.problem.batch:
-            raise ValueError(f"bounds {self.bounds} must be one pair for each row of {self.problem}")
-
-    @property
-    def spec(self) -> CCASpec:
-        """The semantics, the scale included."""
-        p = self.problem
-        return CCASpec(p.group_size, p.window_size, p.core_heads, p.pooling, self.scale)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of q, k and v."""
-        dtype: torch.dtype = getattr(torch, self.problem.dtype)
-        return dtype
-
-    def sequences(self) -> list[tuple[slice, slice]]:
-        """Batch rows and tokens of every sequence; rows that are alike come as one."""
-        if self.lengths is not None:
-            edges = [0, *accumulate(self.lengths)]
-            return [(slice(0, 1), slice(first, end)) for first, end in pairwise(edges)]
-        if self.bounds is not None:
-            return [(slice(row, row + 1), slice(*bound)) for row, bound in enumerate(self.bounds)]
-        return [(slice(None), slice(0, self.problem.seq_len))]
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `cca_attention` beside the tensors and their layout."""
-        p = self.problem
-        return {
-            "group_size": p.group_size,
-            "window_size": p.window_size,
-            "core_heads": p.core_heads,
-            "pooling": p.pooling,
-            "scale": self.scale,
-            "profile": self.schedule,
-            "backend": self.backend,
-        }
-
-    def layout_arguments(self) -> dict[str, Tensor]:
-        """`cu_seqlens` or `seq_bounds`, if the case is packed or padded."""
-        if self.lengths is not None:
-            edges = [0, *accumulate(self.lengths)]
-            return {"cu_seqlens": torch.tensor(edges, dtype=torch.int32, device=self.device)}
-        if self.bounds is not None:
-            return {"seq_bounds": torch.tensor(self.bounds, dtype=torch.int32, device=self.device)}
-        return {}
 
 
 class Inputs(NamedTuple):
@@ -119,7 +37,12 @@ def make_inputs(case: Case) -> Inputs:
     """Values and memory of `case`. Everything outside the sequences of a padded batch is NaN.
 
     `dout` spans six decades from row to row, so that an upstream gradient is never uniform.
+
+    Raises:
+        ValueError: for a family or layout that there is not.
     """
+    check_choice("family", case.family, tuple(FAMILIES))
+    check_choice("layout", case.layout, tuple(LAYOUTS))
     p = case.problem
     generator = torch.Generator().manual_seed(case.seed)
 
