@@ -52,4 +52,4 @@ class Sequences:
     @property
     def is_packed(self) -> bool:
         """Whether the sequences share one row."""
-        return self.layout == PACKED.value
+        return bool(self.layout == PACKED.value)

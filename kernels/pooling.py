@@ -17,11 +17,11 @@ from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim
 
 
 @triton.jit
-def load_groups(head_ptr, stride, tokens, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_groups(head_ptr, stride, tokens, inside, head_dim, BLOCK_D: tl.constexpr):
     """Rows `tokens` [C, T] (int64) of one head as [C, T, BLOCK_D]; zero where not `inside` [C, T]."""
     offs_d = tl.arange(0, BLOCK_D)[None, None, :]
     pointers = head_ptr + (tokens * stride)[:, :, None] + offs_d
-    return tl.load(pointers, mask=inside[:, :, None] & (offs_d < HEAD_DIM), other=0.0)
+    return tl.load(pointers, mask=inside[:, :, None] & (offs_d < head_dim), other=0.0)
 
 
 # fmt: off
@@ -94,18 +94,18 @@ def pooling_backward_kernel(
     group, into the rows of its last query in dq, which backward_dq_kernel adds to.
     """
     core_head, batch = tl.program_id(1), tl.program_id(2)
-    num_seqs, seq_len, cores_per_kv, q_per_core, HEAD_DIM = sizes
+    num_seqs, seq_len, cores_per_kv, q_per_core, head_dim = sizes
     q_base, k_base, _, length, tile = locate(
         tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
     )
     offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < length // GROUP_SIZE
     offs_d, offs_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
-    mask = mask_c[:, None] & (offs_d < HEAD_DIM)[None, :]
+    mask = mask_c[:, None] & (offs_d < head_dim)[None, :]
     wide = pool_lse_ptr.dtype.element_ty
     last = q_base + offs_c * GROUP_SIZE + GROUP_SIZE - 1
     head = core_head * q_per_core
-    q = mean_query(q_ptr, q_strides, batch, head, q_per_core, last, mask_c, HEAD_DIM, BLOCK_D)
+    q = mean_query(q_ptr, q_strides, batch, head, q_per_core, last, mask_c, head_dim, BLOCK_D)
     slots = offs_c + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)
     core_offs = offset((batch, core_head, slots), core_strides)[:, None] + offs_d[None, :]
     k_core = tl.load(k_core_ptr + core_offs, mask=mask, other=0.0).to(wide)
@@ -125,8 +125,8 @@ def pooling_backward_kernel(
     for start in range(0, GROUP_SIZE, BLOCK_T):
         inside = mask_c[:, None] & (start + offs_t < GROUP_SIZE)[None, :]  # [C, T]
         tokens = (k_base + offs_c * GROUP_SIZE + start).to(tl.int64)[:, None] + offs_t[None, :]
-        k = load_groups(k_head, k_strides[2], tokens, inside, HEAD_DIM, BLOCK_D).to(wide)
-        v = load_groups(v_head, v_strides[2], tokens, inside, HEAD_DIM, BLOCK_D).to(wide)
+        k = load_groups(k_head, k_strides[2], tokens, inside, head_dim, BLOCK_D).to(wide)
+        v = load_groups(v_head, v_strides[2], tokens, inside, head_dim, BLOCK_D).to(wide)
         weights = tl.exp2((tl.sum(k * q[:, None, :], axis=2) * SCALE - pool_lse[:, None]) * LOG2_E)
         weights = tl.where(inside, weights, 0.0)
         da = tl.sum(dk_core[:, None, :] * k + dv_core[:, None, :] * v, axis=2)
@@ -294,12 +294,12 @@ def allocate_backward(problem: Problem, device: torch.device, generator: torch.G
     return tensors | {"pool_delta": torch.empty_like(tensors["pool_lse"]), "dq": torch.empty_like(tensors["q"])}
 
 
-def launch(problem: Problem, tensors: dict[str, Tensor], config: Config) -> None:
+def launch(problem: Problem, tensors: dict[str, Tensor], config: PoolingConfig) -> None:
     """One forward launch on what `allocate` made."""
     launch_pooling(**tensors, spec=problem.spec, sequences=Sequences.dense(problem.batch), config=config)
 
 
-def launch_backward(problem: Problem, tensors: dict[str, Tensor], config: Config) -> None:
+def launch_backward(problem: Problem, tensors: dict[str, Tensor], config: PoolingConfig) -> None:
     """One backward launch on what `allocate_backward` made."""
     launch_pooling_backward(**tensors, spec=problem.spec, sequences=Sequences.dense(problem.batch), config=config)
 

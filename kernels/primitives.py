@@ -181,10 +181,10 @@ def store_rows(pointers, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, head_dim, BLOCK_D: tl.constexpr):
     """Mean over `heads` query heads from `head` on, of `rows` [C]: [C, BLOCK_D] float32 (float64 for float64)."""
     offs_d = tl.arange(0, BLOCK_D)
-    inside = mask[:, None] & (offs_d[None, :] < HEAD_DIM)
+    inside = mask[:, None] & (offs_d[None, :] < head_dim)
     wide = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([rows.shape[0], BLOCK_D], wide)
     for h in range(heads):

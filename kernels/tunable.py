@@ -55,7 +55,7 @@ def smallest_block_refusal(config: Config, problem: Problem) -> str | None:
 
 def padded_dim(head_dim: int) -> int:
     """The power of two that a tile's last axis has: at least `head_dim` and at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

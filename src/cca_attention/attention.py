@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import fused
+from .arguments import check_sequences, check_tensors
 from .kernels import eager
 from .kernels.layout import Sequences
-from .kernels.tunable import Schedule
-from .problem import check_heads
+from .kernels.tunable import Schedule, accumulator_dtype
 from .spec import CCASpec, CoreHeads, Pooling, check_choice
 
 if TYPE_CHECKING:
     from .profiles.schema import Profile
 
 Backend = Literal["auto", "triton", "eager"]
-ProfileLike = "str | Profile | Schedule | None"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # what a custom op's string argument stands for; the ops look their configs up when they run
 _PROFILES: dict[str, Any] = {"": Schedule()}
@@ -63,74 +61,18 @@ def choose_backend(backend: str, q: Tensor) -> str:
     return backend
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless q (B, Hq, T, D), k and v (B, Hkv, T, D) fit together and the kernels take them."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-        if tensor.stride(3) != 1 and tensor.numel():
-            raise ValueError(
-                f"{name} must be contiguous in its last dimension (stride 1), got strides {tensor.stride()}; "
-                f"call {name}.contiguous()"
-            )
-    batch, q_heads, tokens, head_dim = q.shape
-    if k.shape[1] < 1 or q_heads < 1:
-        raise ValueError(f"q and k must have at least one head, got {q_heads} and {k.shape[1]}")
-    check_heads(q_heads, k.shape[1], head_dim)
-    expected = (batch, k.shape[1], tokens, head_dim)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} (batch, kv_heads, tokens, head_dim), got {tuple(tensor.shape)}"
-            )
-
-
-def check_sequences(q: Tensor, cu_seqlens: Tensor | None, seq_bounds: Tensor | None) -> None:
-    """Raise unless the sequence arguments fit q. Values are read on the CPU only: on CUDA that would synchronise."""
-    if cu_seqlens is not None and seq_bounds is not None:
-        raise ValueError("cu_seqlens and seq_bounds exclude each other: give one of them")
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("seq_bounds", seq_bounds)):
-        if tensor is not None and (tensor.dtype != torch.int32 or tensor.device != q.device):
-            raise TypeError(f"{name} must be int32 on {q.device}, got {tensor.dtype} on {tensor.device}")
-    batch, tokens = q.shape[0], q.shape[2]
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seqlens needs a batch of 1 with the documents one after another, got batch {batch}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or not cu_seqlens.is_contiguous():
-            raise ValueError(f"cu_seqlens must be contiguous, of shape (documents + 1,), got {tuple(cu_seqlens.shape)}")
-        if _readable(cu_seqlens):
-            starts = cu_seqlens.tolist()
-            if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
-                raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {starts}")
-    if seq_bounds is not None:
-        if seq_bounds.shape != (batch, 2):
-            raise ValueError(f"seq_bounds must have shape ({batch}, 2), got {tuple(seq_bounds.shape)}")
-        if _readable(seq_bounds) and not all(0 <= first <= end <= tokens for first, end in seq_bounds.tolist()):
-            raise ValueError(
-                f"seq_bounds must hold 0 <= first <= end <= {tokens} in each row, got {seq_bounds.tolist()}"
-            )
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
-
-
 def _sequences(bounds: Tensor | None, packed: bool, q: Tensor) -> Sequences:
     if bounds is None:
         return Sequences.dense(q.shape[0])
     if packed:
         return Sequences.packed(bounds)
     return Sequences.padded(bounds.clamp(0, q.shape[2]))
+
+
+def _empty_results(q: Tensor, k: Tensor, v: Tensor, spec: CCASpec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
+    core = (q.shape[0], spec.num_core_heads(q.shape[1], k.shape[1]), spec.num_groups(q.shape[2]), q.shape[3])
+    return torch.empty_like(q), lse, k.new_empty(core), v.new_empty(core), lse.new_empty(core[:3])
 
 
 @torch.library.custom_op("cca_attention::forward", mutates_args=())
@@ -153,9 +95,7 @@ def _forward(
         out, lse, k_core, v_core = eager.forward(q, k, v, spec, bounds=bounds, packed=packed)
         return out, lse, k_core, v_core, lse.new_empty(k_core.shape[:3])
     if 0 in q.shape:
-        return _forward_fake(
-            q, k, v, bounds, packed, group_size, window_size, core_heads, pooling, scale, backend, profile
-        )
+        return _empty_results(q, k, v, spec)
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))
 
 
@@ -174,11 +114,7 @@ def _forward_fake(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    heads = q.shape[1] if core_heads == "query" else k.shape[1]
-    core = (q.shape[0], heads, q.shape[2] // group_size, q.shape[3])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[:3], dtype=wide)
-    return torch.empty_like(q), lse, k.new_empty(core), v.new_empty(core), q.new_empty(core[:3], dtype=wide)
+    return _empty_results(q, k, v, CCASpec(group_size, window_size, core_heads, pooling, scale))  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("cca_attention::backward", mutates_args=())
@@ -234,16 +170,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@overload
-def cca_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
-
-
-@overload
-def cca_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
-
-
 def cca_attention(
     q: Tensor,
     k: Tensor,
@@ -294,12 +220,12 @@ def cca_attention(
     spec = CCASpec(group_size, window_size, core_heads, pooling, scale)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be True or False, got {deterministic!r}")
-    backend = choose_backend(backend, q)
-    if q.dtype == torch.float64 and backend == "triton" and q.is_cuda:
+    chosen = choose_backend(backend, q)
+    if q.dtype == torch.float64 and chosen == "triton" and q.is_cuda:
         raise TypeError("q must be float16, bfloat16 or float32 on CUDA, got torch.float64")
     packed = cu_seqlens is not None
     out, lse, *_ = _forward(
         q, k, v, cu_seqlens if packed else seq_bounds, packed, group_size, window_size, core_heads, pooling,
-        spec.softmax_scale(q.shape[3]), backend, register_profile(profile),
+        spec.softmax_scale(q.shape[3]), chosen, register_profile(profile),
     )  # fmt: skip
     return (out, lse) if return_lse else out

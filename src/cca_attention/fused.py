@@ -147,8 +147,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what `forward` returned; the same bits from run to run."""
     if emulated(q):
-        wide = [x.float() for x in (dout, q, k, v, out, k_core, v_core)]
-        dout, wide_q, k, v, out, k_core, v_core = wide
+        dout, wide_q, k, v, out, k_core, v_core = (x.float() for x in (dout, q, k, v, out, k_core, v_core))
         grads = backward(dout, dlse, wide_q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
         return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
     empty = torch.empty_like if sequences.table is None else torch.zeros_like
