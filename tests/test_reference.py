@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
     event(layout)
     if layout == "packed":
         cuts = sorted(draw(st.lists(st.integers(0, tokens), max_size=3)))
-        sizes["lengths"] = tuple(end - first for first, end in zip([0, *cuts], [*cuts, tokens], strict=True))
+        sizes["lengths"] = tuple(end - first for first, end in pairwise([0, *cuts, tokens]))
     if layout == "padded":
         rows = [sorted(draw(st.tuples(st.integers(0, tokens), st.integers(0, tokens)))) for _ in range(2)]
         sizes["bounds"] = tuple((first, end) for first, end in rows)
