@@ -25,6 +25,7 @@ if HAS_GPU and os.environ.get(INTERPRET, "0") != "0":
     )
 if not HAS_GPU:
     os.environ[INTERPRET] = "1"  # triton reads it when it is imported, which is below
+    torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist has a process for each core
 
 from cca_attention.verify.inputs import poisoned_memory  # noqa: E402
 from cca_attention.verify.interpreter import patch_language_once_per_launch  # noqa: E402
