@@ -113,7 +113,7 @@ class Pool:
     """
 
     def __init__(self, size: int, setup: Callable[..., None], *args: Any, renew: bool = False) -> None:
-        self._make = lambda: _Worker(setup, args)
+        self._make: Callable[[], _Worker] = lambda: _Worker(setup, args)
         self._size = size
         self._renew = renew
         self._workers: list[_Worker] = []

@@ -57,6 +57,7 @@ class _LiveTable:
     """A row for each kernel, redrawn in place; the last drawing stays."""
 
     def __init__(self, console: Console, kernels: Sequence[Progress]) -> None:
+        self._console = console
         self._kernels = kernels
         self._started = time.monotonic()
         self._spinner = Spinner("dots")
@@ -79,7 +80,7 @@ class _LiveTable:
         running = any(kernel.stage not in ("done", "failed") for kernel in self._kernels)
         self._spinner.update(text=Text(f"{stage_of(self._kernels)} · {seconds:.0f} s", style="bold"))
         line: RenderableType = self._spinner if running else Text(f"all kernels settled in {seconds:.0f} s")
-        return Group(space_table(self._kernels), line)
+        return Group(space_table(self._kernels, self._console.width), line)
 
 
 class _Lines:
@@ -121,7 +122,7 @@ def _details(kernel: Progress) -> str:
             f"same as another: {kernel.same}; expected slower: {kernel.outranked}"
         )
     if kernel.stage in ("timing", "verifying"):
-        return f"; compiled {kernel.compiled}, dropped: {_counted(kernel.dropped + kernel.failed) or 'none'}"
+        return f"; compiled {kernel.compiled}, dropped: {_counted(_lost(kernel)) or 'none'}"
     if kernel.stage == "done" and kernel.chosen is not None:
         return f": {config_text(kernel.chosen.config)}, {time_text(kernel.chosen.time_us)}"
     return f": {kernel.trouble}" if kernel.trouble else ""
@@ -141,21 +142,46 @@ def stage_of(kernels: Sequence[Progress]) -> str:
     return "starting"
 
 
-def space_table(kernels: Sequence[Progress]) -> Table:
-    """What became of each kernel's configs."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def space_table(kernels: Sequence[Progress], width: int) -> Table:
+    """What became of each kernel's configs; the less there is room for, the fewer columns.
+
+    "legal" is of all; "unfit" cannot fit, "same" launch what another does, "slower" are expected to be; the rest is
+    compiled, and "dropped" are those that did not compile, fit or verify.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("kernel", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    for title in ("refused", "legal", "cannot\nfit", "same as\nanother", "expected\nslower", "compiled", "cached"):
-        table.add_column(title, justify="right")
-    table.add_column("dropped: why")
-    for k in kernels:
-        counts = (k.refused, k.legal, k.ruled_out.total(), k.same, k.outranked)
-        compiled = f"{k.compiled}/{k.to_compile}" if k.compiled < k.to_compile else str(k.compiled)
-        reasons = _counted(k.dropped + k.failed + Counter({"wrong result": len(k.quarantined)}))
-        style = {"done": "green", "failed": "red"}.get(k.stage, "")
-        table.add_row(k.name, Text(k.stage, style=style), *map(str, counts), compiled, str(k.cached), reasons)
+    columns = [title for title in SPACE_COLUMNS if width >= 80 or title in ("legal", "compiled", "dropped")]
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    if width >= WIDE:
+        table.add_column("why", ratio=1)
+    for kernel in kernels:
+        style = {"done": "green", "failed": "red"}.get(kernel.stage, "")
+        cells = [SPACE_COLUMNS[title](kernel) for title in columns]
+        why = [_reasons(kernel)] if width >= WIDE else []
+        table.add_row(kernel.name, Text(kernel.stage, style=style), *cells, *why)
     return table
+
+
+def _lost(kernel: Progress) -> Counter[str]:
+    return kernel.dropped + kernel.failed + Counter({"wrong result": len(kernel.quarantined)})
+
+
+def _reasons(kernel: Progress) -> str:
+    parts = {"unfit": _counted(kernel.ruled_out), "dropped": _counted(_lost(kernel))}
+    return "; ".join(f"{name}: {text}" for name, text in parts.items() if text)
+
+
+SPACE_COLUMNS: dict[str, Callable[[Progress], str]] = {
+    "legal": lambda k: f"{k.legal}/{k.legal + k.refused}",
+    "unfit": lambda k: str(k.ruled_out.total()),
+    "same": lambda k: str(k.same),
+    "slower": lambda k: str(k.outranked),
+    "compiled": lambda k: f"{k.compiled}/{k.to_compile}" if k.compiled < k.to_compile else str(k.compiled),
+    "cached": lambda k: str(k.cached),
+    "dropped": lambda k: str(_lost(k).total()),
+}
 
 
 def choice_table(kernels: Sequence[Progress], width: int) -> Table:
@@ -166,7 +192,9 @@ def choice_table(kernels: Sequence[Progress], width: int) -> Table:
     settled = [kernel for kernel in kernels if kernel.chosen is not None]
     measured = any(kernel.chosen and kernel.chosen.timing for kernel in settled)
     columns: dict[str, Callable[[Progress], str]] = {
-        "measured" if measured else "predicted": lambda kernel: time_text(kernel.chosen and kernel.chosen.time_us),
+        "measured" if measured else "predicted": lambda kernel: time_text(
+            kernel.chosen.time_us if kernel.chosen else None
+        ),
         "built-in": _builtin_text,
         "registers": lambda kernel: str(_most(kernel, "registers")),
         "shared": lambda kernel: f"{_most(kernel, 'shared_bytes') / 1024:.0f} KiB",

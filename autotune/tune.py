@@ -119,7 +119,7 @@ class Tuner:
             kernel.sketches[config] = Sketch.from_dict(record)
 
     def _compile(self, pool: Pool) -> None:
-        queues = []
+        queues: list[list[Group]] = []
         for kernel in self._kernels:
             shortlist = self._shortlist(kernel)
             kernel.stage, kernel.to_compile = "compiling", len(shortlist)

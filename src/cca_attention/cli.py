@@ -25,7 +25,6 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 OPTIONS = {
     "seq_len": "--ctx", "batch": "--batch", "q_heads": "--heads", "kv_heads": "--kv-heads", "head_dim": "--head-dim",
     "group_size": "--group-size", "window_size": "--window-size", "core_heads": "--core-heads", "pooling": "--pooling",
-    "dtype": "--dtype",
 }  # fmt: skip
 EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
 
@@ -87,9 +86,11 @@ def tune(
     On a machine with that GPU every config is timed. Without it, configs are compiled for it, those that cannot run
     there are dropped, and the rest is ranked by a model; the profile says which it was.
     """
+    if dtype not in DTYPES:
+        raise Refused(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     problem = _problem(
         batch=batch, q_heads=heads, kv_heads=kv_heads, seq_len=ctx, head_dim=head_dim, group_size=group_size,
-        window_size=window_size, core_heads=core_heads, pooling=pooling, dtype=DTYPES.get(dtype, dtype),
+        window_size=window_size, core_heads=core_heads, pooling=pooling, dtype=DTYPES[dtype],
     )  # fmt: skip
     device = _device(gpu)
     output = output or Path(f"{device.name}.yaml")
@@ -113,7 +114,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
     except Refused as error:
         return _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what was finished is kept, the same command goes on from there", INTERRUPTED)
+        return _fail("interrupted before anything was begun", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:
@@ -208,6 +209,9 @@ def _run(request: Request, output: Path, *, as_json: bool, quiet: bool) -> int:
                 Tuner(request, journal, kernels, display).run()
     except JournalError as error:
         raise Refused(str(error)) from error
+    except KeyboardInterrupt as error:
+        message = "interrupted; what was finished is kept, the same command goes on from there"
+        raise Refused(message, INTERRUPTED) from error
     settled = [kernel for kernel in kernels if kernel.chosen is not None]
     if settled:
         _write(request, settled, held, output)

@@ -110,9 +110,9 @@ def reject_all(module: str, name: str, config: ToyConfig, problem: Problem) -> E
     return Evidence(False, "out is off by 3 budgets")
 
 
-def reject_tall(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
-    """Configs of 64 rows are wrong."""
-    return Evidence(config.block_q != 64, "out is off by 2 budgets")
+def reject_wide(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
+    """Configs of 8 warps are wrong."""
+    return Evidence(config.num_warps != 8, "out is off by 2 budgets")
 
 
 def break_down(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:

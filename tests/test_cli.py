@@ -1,0 +1,199 @@
+"""The command `cca-tune`: what it refuses before it begins, its exit codes, and one real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cca_attention import cli
+from cca_attention.autotune.devices import find_device
+from cca_attention.autotune.progress import Request
+from cca_attention.kernels.tunable import Tunable
+from cca_attention.problem import Problem
+from cca_attention.profiles.store import load_profile, read_profile
+
+DATA = Path(__file__).parent / "data"
+COMMAND = (sys.executable, "-c", "from cca_attention.cli import tune_main; tune_main()")
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The toy kernel's module, also on the path of worker processes."""
+    monkeypatch.syspath_prepend(DATA)
+    import toy_tunable
+
+    yield toy_tunable
+    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit code and the one line on stderr of a command that must not begin."""
+    with pytest.raises(SystemExit) as ended:
+        cli.tune_main(arguments)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("cca-tune: "), (out, err)
+    assert not list(Path.cwd().iterdir())
+    return int(str(ended.value.code)), err.removeprefix("cca-tune: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "Missing option '--ctx'."),
+        ("--ctx many", "Invalid value for '--ctx': 'many' is not a whole number"),
+        ("--ctx 1.5", "Invalid value for '--ctx': '1.5' is not a whole number"),
+        ("--ctx 0", "--ctx must be at least 1, got 0"),
+        ("--ctx 64 --gpu a1000", "unknown GPU 'a1000'; did you mean a100-80gb"),
+        ("--ctx 64 --gpu a100 --group-size 0", "--group-size must be at least 1, got 0"),
+        ("--ctx 64 --gpu a100 --window-size -1", "--window-size must be at least 1, got -1"),
+        ("--ctx 64 --gpu a100 --heads 5", "--heads must be a multiple of --kv-heads, got --heads=5 and --kv-heads=8"),
+        ("--ctx 64 --gpu a100 --head-dim 300", "--head-dim must be in 16..256, got 300"),
+        ("--ctx 64 --gpu a100 --dtype int8", "--dtype must be one of"),
+        ("--ctx 64 --gpu a100 --dtype float64", "--dtype must be one of bf16, fp16, fp32, got 'float64'"),
+        ("--ctx 64 --gpu a100 --core-heads all", "--core-heads must be one of 'query', 'kv', got 'all'"),
+        ("--ctx 64 --gpu a100 --kernels forward,sideways", "--kernels: there is no kernel sideways; there are "),
+        ("--ctx 64 --gpu a100 --kernels ,", "--kernels: there is no kernel"),
+        ("--ctx 64 --gpu a100 --jobs 0", "--jobs must be at least 1, got 0"),
+        ("--ctx 64 --gpu a100 --candidates -1", "--candidates must be at least 0, got -1"),
+        ("--ctx 64 --gpu a100 --output missing/a.yaml", "--output missing/a.yaml: there is no directory missing"),
+        ("--ctx 64 --gpu a100 --output ..", "--output .. is a directory"),
+        ("--ctx 64 --gpu a100 --cache-dir /dev/null/x", "the cache directory /dev/null/x cannot be written"),
+        ("--ctx 64 --gpu a100 --fast", "No such option: --fast"),
+    ],
+)
+def test_bad_input_is_refused_with_one_line(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
+    code, line = refusal(capsys, *arguments.split())
+    assert (code, said in line) == (cli.USAGE, True), line
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, line = refusal(capsys, "--ctx", "64", "--gpu", "a100", "--output", "/a.yaml")
+    assert (code, line) == (cli.USAGE, "--output /a.yaml: the directory / cannot be written")
+
+
+def test_no_gpu_and_none_named_is_its_own_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, line = refusal(capsys, "--ctx", "64")
+    assert code == cli.NO_DEVICE and line.startswith("there is no GPU here; name the one to tune for: --gpu a100-40gb,")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA T4")
+    code, line = refusal(capsys, "--ctx", "64")
+    assert code == cli.NO_DEVICE and line.startswith("unknown GPU 'NVIDIA T4'")
+
+
+def test_a_file_that_is_in_the_way_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "notes.yaml"
+    path.write_text("milk: 2\n")
+    code, line = refusal(capsys, "--ctx", "64", "--gpu", "a100", "--kernels", "pooling", "--output", str(path))
+    assert code == cli.USAGE and "exists and cannot be added to" in line
+    assert path.read_text() == "milk: 2\n"
+
+
+def test_help_has_an_example_and_the_exit_codes_and_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from cca_attention.cli import tune_main\n"
+        "try: tune_main(['--help'])\n"
+        "finally: print([m for m in ('torch', 'triton', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    assert "Example: cca-tune --gpu a100 --ctx 131072" in text
+    assert "0 done; 1 a kernel has no config that passed verification; 2 wrong usage" in text
+    assert text.endswith("[]")
+
+
+def request_for(toy: Any, folder: Path, verify: Any) -> Request:
+    """A run of the toy kernel."""
+    return Request(
+        device=find_device("a100"), problem=Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64),
+        tunables=(toy.TOY,), cache_folder=folder, at_hand=False, jobs=1, most_compiled=2, verify=verify,
+    )  # fmt: skip
+
+
+def test_results_go_to_stdout_and_words_to_stderr(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, request = tmp_path / "a100.yaml", request_for(toy, tmp_path / "cache", toy.accept)
+    assert cli._run(request, output, as_json=True, quiet=False) == cli.OK
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary["profile"] == str(output) and summary["kernels"]["toy"]["chosen"] is not None
+    assert "toy: compiling 2 configs" in err and f'cca_attention(..., profile="{output}")' in err
+    assert cli._run(request, output, as_json=False, quiet=True) == cli.OK
+    out, err = capsys.readouterr()
+    assert "toy" in out and f"wrote {output}" in out and err == ""
+    longer = replace(request, problem=replace(request.problem, seq_len=8192))
+    assert cli._run(longer, output, as_json=False, quiet=True) == cli.OK
+    assert {entry.problem.seq_len for entry in read_profile(output).entries} == {4096, 8192}
+
+
+def test_a_run_whose_kernel_is_wrong_writes_nothing(
+    toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = request_for(toy, tmp_path / "cache", toy.reject_all)
+    assert cli._run(request, tmp_path / "a100.yaml", as_json=True, quiet=False) == cli.WRONG
+    out, err = capsys.readouterr()
+    assert json.loads(out)["profile"] is None
+    assert "toy has no config: the 2 best configs failed verification: out is off by 3 budgets" in err
+    assert "no profile was written" in err
+    assert not (tmp_path / "a100.yaml").exists()
+
+
+def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Path) -> None:
+    options = ["--gpu", "a100", "--ctx", "4096", "--kernels", "pooling", "--cache-dir", str(tmp_path), "--jobs", "1"]
+    run = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "journal.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and '"compile"' not in (journal.read_text() if journal.exists() else ""):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == cli.INTERRUPTED
+    assert err.splitlines()[-1] == (
+        "cca-tune: interrupted; what was finished is kept, the same command goes on from there"
+    )
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert any(line["key"]["phase"] == "compile" for line in lines)
+
+
+def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
+    options = ["--gpu", "a100", "--ctx", "8192", "--kernels", "pooling", "--candidates", "2", "--json"]
+    done = subprocess.run(
+        [*COMMAND, *options, "--cache-dir", str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == cli.OK, done.stderr
+    summary = json.loads(done.stdout)
+    pooling = summary["kernels"]["pooling"]
+    assert summary["evidence"] == "modelled" and summary["profile"] == "a100-80gb.yaml"
+    assert pooling["compiled"] == 2 and pooling["verification"]["ok"] and pooling["verification"]["cases"] > 0
+    profile = load_profile("a100")
+    schedule = profile.schedule(Problem(q_heads=32, kv_heads=8, seq_len=8192, head_dim=128))
+    assert {name: vars_of(config) for name, config in schedule.items()} == {"pooling": pooling["chosen"]}
+
+
+def vars_of(config: Any) -> dict[str, int]:
+    """A config's fields."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
