@@ -295,42 +295,40 @@ def launch_decode(
             may be `seen` itself.
         max_tokens: tokens that the cores have room for; further ones are not stored and their output is NaN.
     """
+    _check_launch(q, k, k_core, v_core, k_raw, v_raw, spec)
     batch, q_heads, new, head_dim = q.shape
-    kv_heads, core_heads, ring = k.shape[1], k_core.shape[1], k_raw.shape[2]
-    if k_core.stride() != v_core.stride() or k_raw.stride() != v_raw.stride():
-        raise ValueError("k_core and v_core, and k_raw and v_raw, must share their strides")
-    if ring < spec.max_local_tokens() - 1 + new or q_heads // kv_heads * new > MAX_ROWS:
-        raise ValueError(f"{new} new tokens are too many for a ring of {ring} or for {MAX_ROWS} rows a tile")
-    wide, splits = accumulator_dtype(q.dtype), config.splits_core + config.splits_raw
+    core_heads, splits, wide = k_core.shape[1], config.splits_core + config.splits_raw, accumulator_dtype(q.dtype)
     acc = torch.empty(batch, q_heads, new, splits, head_dim, dtype=wide, device=q.device)
     stats = torch.empty(batch, q_heads, new, splits, 2, dtype=wide, device=q.device)
     sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim)}
-    ring_sizes = {"RING_SIZE": ring, "GROUP_SIZE": spec.group_size, "SCALE_LOG2": scale_log2(spec, head_dim)}
+    rule = {"RING_SIZE": k_raw.shape[2], "GROUP_SIZE": spec.group_size, "SCALE_LOG2": scale_log2(spec, head_dim)}
     append_kernel[triton.cdiv(new, spec.group_size), core_heads, batch](
         q, k, v, k_core, v_core, k_raw, v_raw, seen,
         q.stride(), k.stride(), v.stride(), k_core.stride(), k_raw.stride(),
-        (max_tokens, core_heads // kv_heads, q_heads // core_heads),
-        MEAN=spec.pooling == "mean",
-        BLOCK_T=min(16, triton.next_power_of_2(spec.group_size)),
-        num_warps=config.num_warps,
-        **sizes,
-        **ring_sizes,
+        (max_tokens, core_heads // k.shape[1], q_heads // core_heads),
+        MEAN=spec.pooling == "mean", BLOCK_T=min(16, triton.next_power_of_2(spec.group_size)), **sizes, **rule,
     )  # fmt: skip
     decode_kernel[splits, core_heads, batch](
         q, k_core, v_core, k_raw, v_raw, seen, acc, stats,
         q.stride(), k_core.stride(), k_raw.stride(),
         (q_heads, max_tokens),
-        Q_PER_CORE=q_heads // core_heads,
-        Q_PER_KV=q_heads // kv_heads,
-        WINDOW_SIZE=spec.window_size,
-        **sizes,
-        **ring_sizes,
-        **config.launch_args(),
+        Q_PER_CORE=q_heads // core_heads, Q_PER_KV=q_heads // k.shape[1], WINDOW_SIZE=spec.window_size,
+        **sizes, **rule, **config.launch_args(),
     )  # fmt: skip
     decode_merge_kernel[q_heads * new, batch](
-        acc, stats, out, seen, next_seen, out.stride(), max_tokens,
-        SPLITS=splits, BLOCK_S=MERGED_AT_ONCE, num_warps=config.num_warps, **sizes,
-    )  # fmt: skip
+        acc, stats, out, seen, next_seen, out.stride(), max_tokens, SPLITS=splits, BLOCK_S=MERGED_AT_ONCE, **sizes
+    )
+
+
+def _check_launch(
+    q: Tensor, k: Tensor, k_core: Tensor, v_core: Tensor, k_raw: Tensor, v_raw: Tensor, spec: CCASpec
+) -> None:
+    """Raise unless the kernels can rely on what they rely on."""
+    new, ring = q.shape[2], k_raw.shape[2]
+    if k_core.stride() != v_core.stride() or k_raw.stride() != v_raw.stride():
+        raise ValueError("k_core and v_core, and k_raw and v_raw, must share their strides")
+    if ring < spec.max_local_tokens() - 1 + new or q.shape[1] // k.shape[1] * new > MAX_ROWS:
+        raise ValueError(f"{new} new tokens are too many for a ring of {ring} or for {MAX_ROWS} rows a tile")
 
 
 def work(problem: Problem, config: Config) -> Work:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import DTYPES, Backend, check_sequences, check_tensors, choose_backend, register_profile
+from .arguments import DTYPES, check_sequences, check_tensors
+from .attention import Backend, choose_backend, register_profile
 from .cache_state import CacheState
 from .kernels.tunable import Schedule
 from .problem import check_heads
@@ -163,20 +164,23 @@ class CCACache:
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what is allowed: a row cannot be taken back to
-                where raw tokens that it would need are gone, except to nothing. No row was changed then.
+                where the next query would need raw tokens that are gone. No row was changed then.
         """
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"n must be an int, got {n!r}")
+        self._refuse_capture("crop")
         ring, held = self._state.ring, self._lengths()
         oldest = [max(first, length - ring) for first, length in zip(self._oldest, held, strict=True)]
         kept = [min(n, length) if n >= 0 else length + n for length in held]
         for row, (keep, first) in enumerate(zip(kept, oldest, strict=True)):
             if keep < 0:
                 raise ValueError(f"n must drop no more tokens than a row holds, got {n}: row {row} holds {held[row]}")
-            if 0 < keep < (least := self._least_kept(first)):
+            needed = self.spec.local_range(keep).start
+            if needed < first and needed < keep:
                 raise ValueError(
-                    f"n must keep at least {least} of the {held[row]} tokens of row {row}, or none, got {n}: the raw "
-                    f"tokens before position {first} are gone (rollback={self.rollback})"
+                    f"n must keep at least {self._least_kept(first)} of the {held[row]} tokens of row {row}, or "
+                    f"{'none' if self.spec.window_size > 1 else 'whole groups'}, got {n}: the raw tokens before "
+                    f"position {first} are gone (rollback={self.rollback})"
                 )
         self._state.seen.copy_(torch.tensor(kept, dtype=torch.int32))
         self._known = kept
@@ -205,9 +209,9 @@ class CCACache:
         return self._known
 
     def _least_kept(self, oldest: int) -> int:
-        """The fewest tokens, apart from none, that a row can be taken back to with raw tokens from `oldest` on."""
-        groups = -(-max(0, oldest) // self.spec.group_size)
-        return groups * self.spec.group_size + self.spec.window_size - 1 if groups else 0
+        """The fewest tokens, above 0, after which a query sees no raw token before position `oldest` > 0."""
+        groups = -(-oldest // self.spec.group_size)
+        return groups * self.spec.group_size + self.spec.window_size - 1
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which need not be this cache's."""
