@@ -137,7 +137,7 @@ class CCACache:
         if tokens == 0:
             return torch.empty_like(q)
         with self._on_device():
-            out = self._state.extend(*self._stored(q, k, v), bounds=seq_bounds)
+            out = self._state.extend(*self._stored(q, k, v), seq_bounds)
         self._count(new)
         return out.to(self.dtype)
 
@@ -239,8 +239,9 @@ class CCACache:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError("q, k and v must not require grad: a cache is not differentiable, use torch.no_grad()")
 
-    def _stored(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.to(self._state.dtype) for x in tensors)
+    def _stored(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self._state.dtype
+        return q.to(dtype), k.to(dtype), v.to(dtype)
 
     def _real_tokens(self, tokens: int, seq_bounds: Tensor) -> list[int]:
         """Real tokens of each row of a padded chunk."""
