@@ -1,9 +1,9 @@
-"""The oracles: CCA attention by its definition (spec.md sections 1 to 5), twice, in float64.
+"""The oracles: CCA attention by its definition (docs/spec.md sections 1 to 5), twice, in float64.
 
 `attention_dense` draws the whole visibility mask and takes one softmax; `attention_rowwise` walks over
 sequences, heads and rows and lists what each row sees. They share the reading of the layout arguments and
 nothing else, and neither uses any kernel's host code. Both are differentiable by autograd, which makes them
-the oracle of every backward. `magnitudes` gives the sums of absolute values that rounding bounds are made of.
+the oracle of every backward.
 
 Axes: B batch, Hq query heads, Hkv key/value heads, Hc core heads (Hq or Hkv), T tokens, C core tokens, D head
 dimension. Sequences lie in (B, H, T, D) tensors in one of three ways: dense (each row is a sequence of T
@@ -15,32 +15,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise, product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 NEG_INF = -math.inf
-
-
-class Magnitudes(NamedTuple):
-    """What the error of one row's output is proportional to, in float64 (verification.md section 4).
-
-    A core token enters with its pooled magnitude, ``sum_t a_t |v_t| >= |sum_t a_t v_t|`` (its key likewise):
-    its own rounding error is relative to that sum. Padding rows are zero.
-    """
-
-    A: Tensor
-    """[B, Hq, T, D]: ``sum_j P_ij |v_jd|``."""
-    S2: Tensor
-    """[B, Hq, T, D]: ``sqrt(sum_j P_ij^2 v_jd^2)``."""
-    B: Tensor
-    """[B, Hq, T]: ``scale * max_j sum_d |q_id| |k_jd|`` over the visible keys."""
-    B_pool: Tensor
-    """[B, Hq, T]: the same maximum over the pooling logits of the visible cores; 0 where there are none."""
-    n: Tensor
-    """[B, T] int64: number of visible keys, core and raw."""
 
 
 def pool(
@@ -154,46 +133,6 @@ def _core_token(scorer: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, T
     """Key and value [D] of one group's core token; keys, values [g, D]; scorer [D] carries the scale."""
     share = torch.softmax(keys @ scorer, 0)
     return share @ keys, share @ values
-
-
-@torch.no_grad()
-def magnitudes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group_size: int,
-    window_size: int,
-    core_heads: str = "query",
-    pooling: str = "last_query",
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    seq_bounds: Tensor | None = None,
-) -> Magnitudes:
-    """The `Magnitudes` of `attention_dense` on the same arguments."""
-    q, k, v = q.double(), k.double(), v.double()
-    heads, factor = q.shape[1], _scale(q, scale)
-    a, s2 = torch.zeros_like(q), torch.zeros_like(q)
-    b, b_pool = torch.zeros_like(q[..., 0]), torch.zeros_like(q[..., 0])
-    n = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int64, device=q.device)
-    for rows, first, end in _sequences(q, cu_seqlens, seq_bounds):
-        if first == end:
-            continue
-        part = slice(rows.start, rows.stop), slice(None), slice(first, end)
-        weights = _pooling_logits(q[part], k[part], group_size, core_heads, pooling, factor).softmax(-1)
-        visible = _visible(end - first, group_size, window_size).to(q.device)
-        keys = _concatenated(_pooled(weights, k[part]), k[part], heads)
-        probs = (factor * q[part] @ keys.mT).masked_fill(~visible, NEG_INF).softmax(-1)
-        sizes = _concatenated(_pooled(weights, v[part].abs()), v[part].abs(), heads)
-        a[part] = probs @ sizes
-        s2[part] = (probs.square() @ sizes.square()).sqrt()
-        sizes = _concatenated(_pooled(weights, k[part].abs()), k[part].abs(), heads)
-        b[part] = (factor * q[part].abs() @ sizes.mT).masked_fill(~visible, 0).amax(-1)
-        logits = _pooling_logits(q[part].abs(), k[part].abs(), group_size, core_heads, pooling, factor)
-        worst = pad(_per_query_head(logits.amax(-1), heads), (0, end - first))  # [B, Hq, C + T]
-        b_pool[part] = (worst[:, :, None] * visible).amax(-1)
-        n[part[0], part[2]] = visible.sum(-1)
-    return Magnitudes(a, s2, b, b_pool, n)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

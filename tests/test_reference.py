@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cca_attention.kernels.reference import attention_dense, attention_rowwise, magnitudes, pool
+from cca_attention.kernels.reference import attention_dense, attention_rowwise, pool
 from cca_attention.problem import Problem
+from cca_attention.spec import CCASpec
 from cca_attention.verify.checks import oracle
 from cca_attention.verify.inputs import FAMILIES, Case, make_inputs
 from cca_attention.verify.rounding import Bounded, exact_weights
@@ -179,8 +180,9 @@ def test_counting_probe(attention: Any, group_size: int, window_size: int) -> No
     expected = exact_weights(counted_weights(tokens, group_size, window_size).expand_as(out), torch.float64)
     comparison = compare("weights", out, expected)
     assert comparison.ok, str(comparison)
-    keys = magnitudes(q, k, v, group_size=group_size, window_size=window_size).n
-    assert torch.equal(lse.exp().round().long(), keys[:, None].expand(-1, 4, -1))
+    spec = CCASpec(group_size, window_size)
+    keys = torch.tensor([spec.visible_cores(i) + len(spec.local_range(i)) for i in range(tokens)])
+    assert torch.equal(lse.exp().round().long(), keys.expand(2, 4, -1))
 
 
 @pytest.mark.parametrize("attention", ORACLES)
@@ -246,38 +248,6 @@ def test_gradcheck(attention: Any, batch: int, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(real_rows, (q, k, v), fast_mode=attention is attention_rowwise)
 
 
-def test_magnitudes_of_positive_inputs() -> None:
-    """Where nothing cancels, each magnitude is a quantity that has another name."""
-    positive = case(q_heads=6, core_heads="kv")
-    q, k, v = (x.abs() for x in make_inputs(positive)[:3])
-    found = magnitudes(q, k, v, **semantics(positive))
-    out, lse = attention_dense(q, k, v, **semantics(positive))
-    torch.testing.assert_close(found.A, out, rtol=1e-12, atol=0)
-    counts = [positive.spec.visible_cores(i) + len(positive.spec.local_range(i)) for i in range(21)]
-    assert found.n.tolist() == [counts, counts]
-    # B is the largest logit of the row
-    assert bool(((lse >= found.B - 1e-12) & (lse <= found.B + found.n[:, None].log() + 1e-12)).all())
-    assert bool(((found.S2 <= found.A) & (found.S2 * found.n[:, None, :, None].sqrt() * (1 + 1e-12) >= found.A)).all())
-    scorers = q[:, :, 3::4].view(2, 2, 3, 5, 16).mean(2)  # [B, Hkv, C, D]
-    logits = (k[:, :, :20].view(2, 2, 5, 4, 16) @ scorers[..., None]).amax((3, 4)).repeat_interleave(3, 1) / 4
-    for i in range(21):
-        worst = torch.stack(
-            [torch.zeros_like(found.B[..., i]), *logits.unbind(2)[: positive.spec.visible_cores(i)]]
-        ).amax(0)
-        torch.testing.assert_close(found.B_pool[:, :, i], worst, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("changes", [{}, {"bounds": ((2, 21), (0, 13))}, {"batch": 1, "lengths": (9, 12)}], ids=str)
-def test_magnitudes_bound_the_result(changes: dict[str, Any]) -> None:
-    signed = case(**changes)
-    inputs, options = make_inputs(signed), signed.layout_arguments()
-    found = magnitudes(*inputs[:3], **semantics(signed), **options)
-    out, lse = attention_dense(*inputs[:3], **semantics(signed), **options)
-    assert bool((out.abs() <= found.A).all())
-    assert bool((found.B + found.n[:, None].log() >= lse).all())
-    assert torch.equal(found.n == 0, lse[:, 0].isinf())
-
-
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"core_heads": "both"}, r"core_heads must be one of \('query', 'kv'\), got 'both'"),
     ({"pooling": "max"}, r"pooling must be one of \('last_query', 'mean'\), got 'max'"),
@@ -292,7 +262,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("attention", [*ORACLES, magnitudes])
+@pytest.mark.parametrize("attention", ORACLES)
 @pytest.mark.parametrize(("options", "message"), REFUSALS, ids=str)
 def test_refusals(attention: Any, options: dict[str, Any], message: str) -> None:
     x = torch.zeros(1, 1, 4, 2)
