@@ -28,8 +28,8 @@ class JournalError(ValueError):
 class Key:
     """What makes two trials the same.
 
-    `device` is what the phase depends on: the architecture for "sketch" and "compile", the GPU for "measure", the mode
-    for "verify".
+    `device` is what the phase depends on: the architecture to compile, the GPU to measure, the GPU or the interpreter
+    to verify.
     """
 
     phase: Phase

@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+REVISION = 2
+"""Part of the name under which traits are remembered: to be raised when the meaning of one changes."""
 ELEMENT_BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i16": 2, "i8": 1, "i1": 1}
 LOOP = re.compile(r"\bscf\.(for|while)\b")
 TENSOR = re.compile(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?([a-z]+\d+)")
 DOT = re.compile(r"\btt\.dot\b.*: *(tensor<[^>]*>) *\* *(tensor<[^>]*>) *-> *(tensor<[^>]*>)")
 LOAD = re.compile(r"\btt\.load\b.*: *(tensor<[^ ]*>)")
+ARITHMETIC = re.compile(r"\barith\.(?:addf|subf|mulf)\b.*: *(tensor<[^ ]*>)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Traits:
     `dot_flops`: operations of matrix products; `dot_rows`: fewest rows of one, 0 without any. `load_bytes`: bytes
     that tiles load (of straight-line code if there is no loop). `stage_bytes`: most bytes that one iteration with a
     product loads as matrices, what each further pipeline stage must buffer. `live_bytes`: most bytes of floating point
-    that one loop must hold at once: what it carries from iteration to iteration, and the largest product besides.
+    that must be held at once: the largest tile of any sum or product; in a loop what it carries from iteration to
+    iteration, and the largest matrix product besides.
     """
 
     dot_flops: float
@@ -105,5 +109,11 @@ def read_traits(ttir: str) -> Traits:
         dot_rows=min((rows for rows, _, _ in dots), default=0),
         load_bytes=float(sum(size for loop in busy for _, size in loop.loads)),
         stage_bytes=max((loop.matrix_bytes() for loop in busy if loop.dots), default=0),
-        live_bytes=max((loop.live_bytes() for loop in loops), default=0),
+        live_bytes=max((*(loop.live_bytes() for loop in loops), *_arithmetic_bytes(ttir)), default=0),
     )
+
+
+def _arithmetic_bytes(ttir: str) -> Iterator[int]:
+    for tile in ARITHMETIC.findall(ttir):
+        for shape, kind in _tensors(tile):
+            yield math.prod(shape) * ELEMENT_BYTES[kind]

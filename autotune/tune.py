@@ -24,6 +24,7 @@ from .pool import Done, Job, Pool
 from .predict import predict, roofline_us
 from .progress import Progress, Request
 from .search import Trial, ranked
+from .traits import REVISION
 
 LIMIT_S: dict[Phase, float] = {"sketch": 60.0, "compile": 60.0, "measure": 120.0, "verify": 600.0}
 MOST_REJECTED = 4
@@ -62,10 +63,13 @@ class Tuner:
 
     def _key(self, phase: Phase, kernel: Progress, config: Config) -> Key:
         request = self._request
-        if phase in ("sketch", "compile"):
-            where = request.device.arch
-        else:
-            where = request.device.name if request.at_hand else "interpreter"
+        verified_on = request.device.name if request.at_hand else "interpreter"
+        where = {
+            "sketch": f"{request.device.arch}, traits {REVISION}",
+            "compile": request.device.arch,
+            "measure": request.device.name,
+            "verify": verified_on,
+        }[phase]
         fields = ",".join(f"{name}={value}" for name, value in asdict(config).items())
         source = source_hash(kernel.name)
         return Key(phase, kernel.name, source, str(request.problem), fields, where, triton.__version__)

@@ -66,6 +66,12 @@ def test_traits_without_a_loop_are_those_of_straight_line_code() -> None:
     assert read_traits(straight) == Traits(0.0, 0, 64 * 128 * 2.0, 0, 0)
 
 
+def test_the_largest_tile_of_arithmetic_is_live() -> None:
+    tile = "      %m = arith.mulf %a, %b : tensor<4x64x128xf32>\n"
+    assert read_traits(tile).live_bytes == 4 * 64 * 128 * 4
+    assert read_traits(TTIR.replace("      %kt", tile + "      %kt", 1)).live_bytes == 4 * 64 * 128 * 4
+
+
 def test_a_loop_within_a_loop_keeps_its_own_loads() -> None:
     nested = TTIR.replace("      %w = tt.load", "      scf.for %j = %a to %n step %b  : i32 {\n      %w = tt.load", 1)
     nested = nested.replace("      %kt = ", "      }\n      %kt = ", 1)
