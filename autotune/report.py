@@ -20,6 +20,7 @@ from .progress import Progress
 
 LINE_EVERY_S = 15.0
 WIDE = 110
+LEGEND = "unfit: cannot fit; same: as another; slower: expected so; dropped: once compiled"
 
 
 class Display(Protocol):
@@ -145,12 +146,13 @@ def stage_of(kernels: Sequence[Progress]) -> str:
 def space_table(kernels: Sequence[Progress], width: int) -> Table:
     """What became of each kernel's configs; the less there is room for, the fewer columns.
 
-    "legal" is of all; "unfit" cannot fit, "same" launch what another does, "slower" are expected to be; the rest is
-    compiled, and "dropped" are those that did not compile, fit or verify.
+    The rest of the legal configs is compiled; what the other columns mean is in the legend.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    caption = LEGEND if width >= 80 else None
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption=caption)
+    table.caption_justify = "left"
     table.add_column("kernel", no_wrap=True)
-    table.add_column("stage", no_wrap=True)
+    table.add_column("stage", no_wrap=True, min_width=9)
     columns = [title for title in SPACE_COLUMNS if width >= 80 or title in ("legal", "compiled", "dropped")]
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)

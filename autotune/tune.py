@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
+import torch
 import triton
 
 from ..kernels.tunable import Config
@@ -44,6 +45,7 @@ class Tuner:
         self._journal = journal
         self._kernels = kernels
         self._watch = watch
+        self._gpu_here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
     def run(self) -> None:
         """Take every kernel from its space to a verified choice, or to the trouble that prevents one.
@@ -58,17 +60,16 @@ class Tuner:
         if request.at_hand:
             with Pool(1, jobs.no_setup, renew=True) as timer:
                 self._measure(timer)
-        with Pool(1 if request.at_hand else request.jobs, jobs.no_setup, renew=True) as verifiers:
+        with Pool(1 if self._gpu_here else request.jobs, jobs.no_setup, renew=True) as verifiers:
             self._verify(verifiers)
 
     def _key(self, phase: Phase, kernel: Progress, config: Config) -> Key:
         request = self._request
-        verified_on = request.device.name if request.at_hand else "interpreter"
         where = {
             "sketch": f"{request.device.arch}, traits {REVISION}",
             "compile": request.device.arch,
             "measure": request.device.name,
-            "verify": verified_on,
+            "verify": self._gpu_here or "interpreter",
         }[phase]
         fields = ",".join(f"{name}={value}" for name, value in asdict(config).items())
         source = source_hash(kernel.name)
