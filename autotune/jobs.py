@@ -8,11 +8,13 @@ from typing import Any
 
 from ..kernels.tunable import Config
 from ..problem import Problem
+from ..verify.gate import Evidence, check_config
 from .compile import compile_config, sketch
 from .measure import time_interleaved
 
 Record = dict[str, Any]
-EVIDENCE_FIELDS = ("ok", "suite", "seed", "cases", "worst_budget_use", "mode", "message", "kernel_hash")
+Verify = Callable[[str, str, Config, Problem], Evidence]
+"""Module and name of a tunable, a config and the problem. Called in a worker process, so it must pickle."""
 
 
 def no_setup() -> None:
@@ -44,15 +46,12 @@ def verify_job(
     name: str,
     problem: Problem,
     configs: tuple[Config, ...],
-    verify: Callable[[str, str, Config, Problem], Any],
+    verify: Verify,
 ) -> list[Record]:
     """The evidence that `verify` finds for each config."""
-    found = (verify(module, name, config, problem) for config in configs)
-    return [{field: getattr(evidence, field) for field in EVIDENCE_FIELDS} for evidence in found]
+    return [asdict(verify(module, name, config, problem)) for config in configs]
 
 
-def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Any:
-    """Run the config on small shapes against the oracle; `verify.gate` says what its evidence holds."""
-    from ..verify.gate import check_config
-
+def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
+    """Run the config on small shapes against the oracle."""
     return check_config(name, config, problem=problem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from .compile import Sketch
 from .devices import Device
-from .jobs import verify_by_gate
+from .jobs import Verify, verify_by_gate
 from .search import Trial
 
 
@@ -20,8 +19,7 @@ from .search import Trial
 class Request:
     """What to tune. `at_hand`: the GPU is in this machine, so configs are timed, not predicted.
 
-    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all. `verify` is called
-    in worker processes as `verify_by_gate` is, so it must pickle.
+    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all.
     """
 
     device: Device
@@ -31,7 +29,7 @@ class Request:
     at_hand: bool
     jobs: int
     most_compiled: int
-    verify: Callable[[str, str, Config, Problem], Any] = verify_by_gate
+    verify: Verify = verify_by_gate
 
 
 @dataclass

@@ -26,6 +26,7 @@ from ..profiles.schema import (
 )
 from ..profiles.store import make_profile
 from .devices import Device
+from .predict import Prediction
 from .progress import Progress, Request
 from .report import baseline_us
 
@@ -63,11 +64,17 @@ def _entry(request: Request, kernel: Progress) -> Entry:
         config=asdict(chosen.config),
         evidence="modelled" if timing is None else "measured",
         latency=None if timing is None else Latency(**asdict(timing)),
-        predicted=None if chosen.prediction is None else Predicted(**asdict(chosen.prediction)),
+        predicted=None if chosen.prediction is None else _rounded(chosen.prediction),
         resources=tuple(KernelResources(**asdict(kernel)) for kernel in chosen.resources),
         baseline=Baseline(config=asdict(kernel.default), time_us=baseline_us(kernel)),
         verification=Verification(**{name: evidence[name] for name in Verification.model_fields}),
     )
+
+
+def _rounded(prediction: Prediction) -> Predicted:
+    """No more digits than a model deserves."""
+    parts = {name: float(f"{value:.4g}") for name, value in prediction.parts.items()}
+    return Predicted(total_us=float(f"{prediction.total_us:.4g}"), parts=parts)
 
 
 def summary_of(request: Request, kernels: Sequence[Progress], output: str | None) -> dict[str, Any]:

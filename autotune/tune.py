@@ -17,6 +17,7 @@ import triton
 
 from ..kernels.tunable import Config
 from ..profiles.configs import source_hash
+from ..verify.gate import SUITE, TIMEOUT_S
 from . import jobs, space
 from .compile import Resources, Sketch, aim
 from .journal import Journal, Key, Phase
@@ -27,7 +28,7 @@ from .progress import Progress, Request
 from .search import Trial, ranked
 from .traits import REVISION
 
-LIMIT_S: dict[Phase, float] = {"sketch": 60.0, "compile": 60.0, "measure": 120.0, "verify": 600.0}
+LIMIT_S: dict[Phase, float] = {"sketch": 60.0, "compile": 60.0, "measure": 120.0, "verify": TIMEOUT_S + 60.0}
 MOST_REJECTED = 4
 """Wrong results in a row after which the kernel itself is suspected, and no further config is tried."""
 
@@ -69,7 +70,7 @@ class Tuner:
             "sketch": f"{request.device.arch}, traits {REVISION}",
             "compile": request.device.arch,
             "measure": request.device.name,
-            "verify": self._gpu_here or "interpreter",
+            "verify": f"{self._gpu_here or 'interpreter'}, suite {SUITE}",
         }[phase]
         fields = ",".join(f"{name}={value}" for name, value in asdict(config).items())
         source = source_hash(kernel.name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cca_attention.kernels.tunable import Config, Tunable, Work
 from cca_attention.problem import Problem
+from cca_attention.verify.gate import Evidence
 
 HEAD_DIM = 64
 
@@ -86,33 +87,24 @@ TOY = Tunable(
 )
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """As a verification gives it."""
-
-    ok: bool
-    message: str = ""
-    suite: str = "toy/1"
-    seed: int = 7
-    cases: int = 3
-    worst_budget_use: float = 0.25
-    mode: str = "interpreter"
-    kernel_hash: str = "0" * 64
+def evidence(ok: bool, message: str = "") -> Evidence:
+    """What a verification might have found."""
+    return Evidence(ok, "toy/1", 7, 3, 0.25, "interpreter", message, "0" * 64)
 
 
 def accept(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
     """Every config is right."""
-    return Evidence(True)
+    return evidence(True)
 
 
 def reject_all(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
     """Every config is wrong."""
-    return Evidence(False, "out is off by 3 budgets")
+    return evidence(False, "out is off by 3 budgets")
 
 
 def reject_wide(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
     """Configs of 8 warps are wrong."""
-    return Evidence(config.num_warps != 8, "out is off by 2 budgets")
+    return evidence(config.num_warps != 8, "out is off by 2 budgets")
 
 
 def break_down(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
