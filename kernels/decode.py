@@ -25,7 +25,8 @@ MAX_ROWS = 64
 """The most rows of one tile: query heads of a key/value head times new tokens."""
 UNBOUNDED = 2**31 - 1
 """`max_tokens` of storage that its owner grows before it is full."""
-MERGED_AT_ONCE = 16
+MERGE_TILE = 8192
+"""Elements of the partial results that are merged at once."""
 
 
 @triton.jit
@@ -104,57 +105,6 @@ def append_kernel(
         store_rows(v_core_ptr + core_offs, v_core / row_sum[:, None], one == 0, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
-def split_range(first, end, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The keys of one of SPLITS shares of first .. end - 1, in whole tiles: (first, end); empty if first >= end."""
-    share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK) * BLOCK
-    return first + split * share, tl.minimum(first + (split + 1) * share, end)
-
-
-# fmt: off
-@triton.jit
-def attend_split(
-    q_ptr, k_head, v_head, acc_ptr, stats_ptr, q_strides, key_stride, batch, first_head, q_heads, max_tokens, seen,
-    first, end, split,
-    HEADS: tl.constexpr, NUM_NEW: tl.constexpr, CORES: tl.constexpr, RING_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
-    SCALE_LOG2: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    # fmt: on
-    """One split of one segment: all new tokens of HEADS query heads, a row each, against the keys first .. end - 1.
-
-    `split` is its index among the row's SPLITS partial results. A row of no keys has the sum 0; a row of a token that
-    is past `max_tokens` has the sum NaN.
-    """
-    ROWS: tl.constexpr = HEADS * NUM_NEW
-    BLOCK_Q: tl.constexpr = max(16, triton.next_power_of_2(ROWS))
-    rows, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
-    head, index, mask_q = first_head + rows // NUM_NEW, rows % NUM_NEW, rows < ROWS
-    position = seen + index
-    q = load_rows(q_ptr + offset((batch, head, index), q_strides)[:, None] + offs_d, mask_q, HEAD_DIM, BLOCK_D, True)
-    if CORES:
-        first_key, end_key = position * 0, visible_cores(position, GROUP_SIZE, WINDOW_SIZE)
-    else:
-        first_key, end_key = first_local(position, GROUP_SIZE, WINDOW_SIZE), position + 1
-    wide = acc_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], wide)
-    row_max, row_sum = tl.full([BLOCK_Q], -float("inf"), wide), tl.zeros([BLOCK_Q], wide)
-    for start in range(first, end, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        slots = keys if CORES else keys % RING_SIZE
-        key_offs = slots.to(tl.int64)[:, None] * key_stride + offs_d
-        k = load_rows(k_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(v_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
-        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
-        visible = visible & (keys < end)[None, :]
-        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
-    row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
-    part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * SPLITS + split
-    store_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, acc, mask_q, HEAD_DIM, BLOCK_D)
-    tl.store(stats_ptr + 2 * part, row_max, mask=mask_q)
-    tl.store(stats_ptr + 2 * part + 1, row_sum, mask=mask_q)
-
-
 # fmt: off
 @triton.jit
 def decode_kernel(
@@ -166,33 +116,56 @@ def decode_kernel(
     SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """One split of the core segment of a core head, or of the raw segment of a key/value head."""
+    """One share of the cores of a core head, or of the raw tokens of a key/value head: its first core head's program.
+
+    A row of the tile is one new token of one query head that reads these keys. A row that sees none of them has the
+    sum 0, that of a token past `max_tokens` the sum NaN.
+    """
     split, core_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q_heads, max_tokens = sizes
     CORES_PER_KV: tl.constexpr = Q_PER_KV // Q_PER_CORE
-    SPLITS: tl.constexpr = SPLITS_CORE + SPLITS_RAW
+    is_core = split < SPLITS_CORE
+    if (split >= SPLITS_CORE) & (core_head % CORES_PER_KV != 0):
+        return
     seen = tl.load(seen_ptr + batch)
     stop = tl.minimum(seen + NUM_NEW, max_tokens)
-    if split < SPLITS_CORE:
-        at = offset((batch, core_head), core_strides)
-        first, end = split_range(0, visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), split, SPLITS_CORE, BLOCK_K)
-        attend_split(
-            q_ptr, k_core_ptr + at, v_core_ptr + at, acc_ptr, stats_ptr, q_strides, core_strides[2], batch,
-            core_head * Q_PER_CORE, q_heads, max_tokens, seen, first, end, split,
-            Q_PER_CORE, NUM_NEW, True, RING_SIZE, HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS,
-            BLOCK_K,
-        )  # fmt: skip
-    elif core_head % CORES_PER_KV == 0:
-        kv_head = core_head // CORES_PER_KV
-        at = offset((batch, kv_head), raw_strides)
-        oldest = first_local(seen, GROUP_SIZE, WINDOW_SIZE)
-        first, end = split_range(oldest, stop, split - SPLITS_CORE, SPLITS_RAW, BLOCK_K)
-        attend_split(
-            q_ptr, k_raw_ptr + at, v_raw_ptr + at, acc_ptr, stats_ptr, q_strides, raw_strides[2], batch,
-            kv_head * Q_PER_KV, q_heads, max_tokens, seen, first, end, split,
-            Q_PER_KV, NUM_NEW, False, RING_SIZE, HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS,
-            BLOCK_K,
-        )  # fmt: skip
+    oldest = tl.where(is_core, 0, first_local(seen, GROUP_SIZE, WINDOW_SIZE))
+    newest = tl.where(is_core, visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop)
+    shares = tl.where(is_core, SPLITS_CORE, SPLITS_RAW)
+    share = tl.cdiv(tl.cdiv(newest - oldest, shares), BLOCK_K) * BLOCK_K
+    first = oldest + tl.where(is_core, split, split - SPLITS_CORE) * share
+    end = tl.minimum(first + share, newest)
+
+    BLOCK_Q: tl.constexpr = max(16, triton.next_power_of_2(Q_PER_KV * NUM_NEW))
+    rows, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
+    head, index = core_head * Q_PER_CORE + rows // NUM_NEW, rows % NUM_NEW
+    mask_q = rows < tl.where(is_core, Q_PER_CORE, Q_PER_KV) * NUM_NEW
+    position = seen + index
+    first_key = tl.where(is_core, 0, first_local(position, GROUP_SIZE, WINDOW_SIZE))
+    end_key = tl.where(is_core, visible_cores(position, GROUP_SIZE, WINDOW_SIZE), position + 1)
+    q = load_rows(q_ptr + offset((batch, head, index), q_strides)[:, None] + offs_d, mask_q, HEAD_DIM, BLOCK_D, True)
+    core_at = offset((batch, core_head), core_strides)
+    raw_at = offset((batch, core_head // CORES_PER_KV), raw_strides)
+    k_head = tl.where(is_core, k_core_ptr + core_at, k_raw_ptr + raw_at)
+    v_head = tl.where(is_core, v_core_ptr + core_at, v_raw_ptr + raw_at)
+    key_stride = tl.where(is_core, tl.zeros((), tl.int64) + core_strides[2], tl.zeros((), tl.int64) + raw_strides[2])
+
+    wide = acc_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], wide)
+    row_max, row_sum = tl.full([BLOCK_Q], -float("inf"), wide), tl.zeros([BLOCK_Q], wide)
+    for start in range(first, end, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        slots = tl.where(is_core, keys, keys % RING_SIZE)
+        key_offs = slots.to(tl.int64)[:, None] * key_stride + offs_d
+        k = load_rows(k_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
+        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, end)[:, None])
+        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
+    row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
+    part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * (SPLITS_CORE + SPLITS_RAW) + split
+    store_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, acc, mask_q, HEAD_DIM, BLOCK_D)
+    tl.store(stats_ptr + 2 * part, row_max, mask=mask_q)
+    tl.store(stats_ptr + 2 * part + 1, row_sum, mask=mask_q)
 
 
 # fmt: off
@@ -256,16 +229,16 @@ SPACE = {
 def default_config(problem: Problem, arch: str) -> DecodeConfig:
     """A config that runs `problem` on every supported GPU.
 
-    It does not depend on the batch, so that a row's bits do not either: a row alone is worth about 256 programs for
-    the cores and 64 for the raw tokens. A tile of keys takes at most 16 KiB. The interpreter runs one at a time.
+    It does not depend on the batch, so that a row's bits do not either: a row alone is worth up to 512 programs for
+    the cores and 32 for the raw tokens. A tile of keys takes at most 16 KiB. The interpreter runs one at a time.
     """
     if arch == "cpu":
         return DecodeConfig(block_k=32, splits_core=2, splits_raw=1)
     block_k = max(16, min(64, 2**14 // (padded_dim(problem.head_dim) * problem.element_bytes)))
     return DecodeConfig(
         block_k=block_k,
-        splits_core=max(1, min(32, 256 // problem.num_core_heads)),
-        splits_raw=max(1, min(8, 64 // problem.kv_heads)),
+        splits_core=max(1, min(32, 512 // problem.num_core_heads)),
+        splits_raw=max(1, min(8, 32 // problem.kv_heads)),
     )
 
 
@@ -316,8 +289,9 @@ def launch_decode(
         **sizes, **rule, **config.launch_args(),
     )  # fmt: skip
     decode_merge_kernel[q_heads * new, batch](
-        acc, stats, out, seen, next_seen, out.stride(), max_tokens, SPLITS=splits, BLOCK_S=MERGED_AT_ONCE, **sizes
-    )
+        acc, stats, out, seen, next_seen, out.stride(), max_tokens,
+        SPLITS=splits, BLOCK_S=min(triton.next_power_of_2(splits), MERGE_TILE // sizes["BLOCK_D"]), **sizes,
+    )  # fmt: skip
 
 
 def _check_launch(

@@ -29,8 +29,8 @@ class CCACache:
     ``w + g - 1 + rollback`` raw tokens lie in a ring.
 
     With `max_tokens` all storage is allocated here and stays where it is, and `prefill` (without `seq_bounds`) and
-    `decode` with the Triton kernels read nothing back from the device: they can be captured in a CUDA graph, and every
-    replay continues from the device's own counter. A token past `max_tokens` is refused where the host can know of it;
+    `decode` with the Triton kernels read nothing back from the device: they can be captured in a CUDA graph (after one
+    such call that compiles them), and every replay continues from the device's own counter. A token past `max_tokens` is refused where the host can know of it;
     where it cannot, because graphs were replayed, the token is not stored and its output is NaN. Without `max_tokens`
     the cores' storage grows, and capture is refused.
 
