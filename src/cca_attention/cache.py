@@ -29,10 +29,10 @@ class CCACache:
     ``w + g - 1 + rollback`` raw tokens lie in a ring.
 
     With `max_tokens` all storage is allocated here and stays where it is, and `prefill` (without `seq_bounds`) and
-    `decode` with the Triton kernels read nothing back from the device: they can be captured in a CUDA graph (after one
-    such call that compiles them), and every replay continues from the device's own counter. A token past `max_tokens` is refused where the host can know of it;
-    where it cannot, because graphs were replayed, the token is not stored and its output is NaN. Without `max_tokens`
-    the cores' storage grows, and capture is refused.
+    `decode` with the Triton kernels read nothing back from the device: they can be captured in a CUDA graph, after
+    one such call that compiles them, and every replay continues from the device's own counter. A token past
+    `max_tokens` is refused where the host can know of it; where it cannot, because graphs were replayed, the token is
+    not stored and its output is NaN. Without `max_tokens` the cores' storage grows, and capture is refused.
 
     Under Triton's interpreter bfloat16 is emulated: the state is float32, and outputs are rounded once.
 
