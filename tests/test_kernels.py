@@ -165,10 +165,15 @@ FORCED: dict[str, tuple[dict[str, Any], Config]] = {
 }
 
 
+# compiled, these add up keys or queries in the same order whatever the tile, so that no bit can tell
+SAME_BITS_ON_GPU = ("backward_dq", "backward_dcore")
+
+
 @pytest.mark.parametrize("kernel", FORCED)
 def test_a_schedule_reaches_its_kernel(kernel: str) -> None:
     shape, config = FORCED[kernel]
-    passes("schedule_is_used", make(Schedule({kernel: config}), seq_len=70, **shape))
+    check = "backward_equals_oracle" if HAS_GPU and kernel in SAME_BITS_ON_GPU else "schedule_is_used"
+    passes(check, make(Schedule({kernel: config}), seq_len=70, **shape))
 
 
 # --- packed documents and padded batches -------------------------------------------------------------------------
