@@ -7,8 +7,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..attention import Backend
 from ..kernels.backward_dkv import BackwardDcoreConfig, BackwardDkvConfig
 from ..kernels.backward_dq import BackwardDqConfig
 from ..kernels.decode import DecodeConfig
@@ -58,7 +58,7 @@ class Case:
     bounds: tuple[tuple[int, int], ...] | None = None
     scale: float | None = None
     schedule: Schedule | None = None
-    backend: str = "triton"
+    backend: Backend = "triton"
     device: str = "cpu"
     seed: int = 0
 
@@ -102,7 +102,7 @@ class Case:
             "backend": self.backend,
         }
 
-    def layout_arguments(self) -> dict[str, Tensor]:
+    def layout_arguments(self) -> dict[str, Any]:
         """`cu_seqlens` or `seq_bounds`, if the case is packed or padded."""
         if self.lengths is not None:
             edges = [0, *accumulate(self.lengths)]

@@ -193,7 +193,7 @@ def schedule_is_used(case: Case) -> list[Comparison]:
     expected = oracle(case, inputs, grads=True)
     for each in results:
         found += _compare_all(each, expected)
-    same = all(comparison.ok for comparison in _same_bits(*results))
+    same = all(comparison.ok for comparison in _same_bits(results[0], results[1]))
     detail = "the schedule changes no bit" if same else ""
     return [*found, Comparison("schedule", math.inf if same else 0.0, (), not same, detail=detail)]
 
@@ -237,9 +237,9 @@ def decode_equals_prefill(case: Case) -> list[Comparison]:
     found = [compare("out", out, expected), compare("out of one call", run(case, inputs)["out"], expected)]
     found += [compare("k_core", cache.k_core, model.k_core), compare("v_core", cache.v_core, model.v_core)]
     sizes = {"q_heads": p.q_heads, "kv_heads": p.kv_heads, "head_dim": p.head_dim, "element_bytes": p.element_bytes}
-    counts = torch.tensor([cache.seen, cache.nbytes])
-    expected = torch.tensor([p.seq_len, case.spec.cache_bytes(p.seq_len, batch=p.batch, **sizes)])
-    return [*found, compare_bitwise("seen and nbytes", counts, expected)]
+    held = torch.tensor([cache.seen, cache.nbytes])
+    right = torch.tensor([p.seq_len, case.spec.cache_bytes(p.seq_len, batch=p.batch, **sizes)])
+    return [*found, compare_bitwise("seen and nbytes", held, right)]
 
 
 def crop_equals_fresh(case: Case) -> list[Comparison]:

@@ -26,7 +26,7 @@ from .tolerance import Comparison
 SUITE = "config/1"
 SEED = 20261122
 TIMEOUT_S = 600.0
-STANDARD = {"q_heads": 32, "kv_heads": 8, "seq_len": 4096, "head_dim": 128}
+STANDARD: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "seq_len": 4096, "head_dim": 128}
 """The problem that is meant where none is given."""
 CHECKS_OF: dict[str, tuple[str, ...]] = {
     "pooling": ("forward_equals_oracle", "bitwise_repeat"),
@@ -151,7 +151,7 @@ def small_cases(kernel: str, config: Config, problem: Problem, device: str) -> I
                 yield checks[0], replace(case, lengths=lengths)
 
 
-def _shapes(kernel: str, config: Config, problem: Problem) -> Iterator[dict[str, int]]:
+def _shapes(kernel: str, config: Config, problem: Problem) -> Iterator[dict[str, Any]]:
     """Many small groups over several tiles; the problem's own groups; and, but for decode, one packed row."""
     ratio = min(problem.q_heads // problem.kv_heads, 8)
     tile = min(128, max([value for name, value in asdict(config).items() if name.startswith("block_")], default=16))

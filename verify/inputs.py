@@ -172,12 +172,11 @@ LAYOUTS: dict[str, Callable[[str, Tensor], Tensor]] = {
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors are full of NaN (integers of their maximum), so that what nobody wrote cannot look right."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     mode = torch.get_deterministic_debug_mode()
-    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
+        if not torch.empty(1).isnan().all():
+            raise RuntimeError("torch.utils.deterministic.fill_uninitialized_memory must be on, got off")
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)

@@ -70,9 +70,9 @@ class Precision:
         """Error of a sum of `terms` products, relative to the sum of their magnitudes."""
         return terms * self.wide / (1 - terms * self.wide)
 
-    def summing(self, terms: Tensor | int) -> Tensor | float:
+    def summing(self, terms: Tensor | int) -> Tensor:
         """Relative error of adding up weighted values tile by tile, each tile rescaling what came before."""
-        return (2 * terms + 32) * self.wide
+        return (2 * torch.as_tensor(terms).double() + 32) * self.wide
 
 
 class Bounded(NamedTuple):
@@ -169,13 +169,15 @@ class ErrorModel:
         """Error of adding up and storing core tokens, without that of the weights: [B, Hc, C, D]."""
         p, weights = self.precision, self.weights[..., None]
         size, core = (weights * members.abs()).sum(-2), (weights * members).sum(-2)
-        return p.summing(self.spec.group_size) * size + p.store * core.abs() + p.floor
+        total: Tensor = p.summing(self.spec.group_size) * size + p.store * core.abs() + p.floor
+        return total
 
     def _core_error(self, members: Tensor) -> Tensor:
         """Error of stored core tokens [B, Hc, C, D]; that of the weights moves them within their members' spread."""
         weights = self.weights[..., None]
         spread = (members - (weights * members).sum(-2, keepdim=True)).abs()
-        return (weights * self.weight_error[..., None] * spread).sum(-2) + self._core_rounding(members)
+        moved: Tensor = (weights * self.weight_error[..., None] * spread).sum(-2)
+        return moved + self._core_rounding(members)
 
     # --- spec sections 2 and 3 --------------------------------------------------------------------------------------
 
@@ -204,7 +206,8 @@ class ErrorModel:
     def of_members(self, products: Tensor) -> Tensor:
         """The columns of `products` [B, Hq, T, N] that belong to the members of the groups: [B, Hq, T, C, g]."""
         c, g = self.cores, self.spec.group_size
-        return products[..., c : c + c * g].unflatten(-1, (c, g))
+        columns: Tensor = products[..., c : c + c * g].unflatten(-1, (c, g))
+        return columns
 
     def core_product_error(self, products: Tensor, x: Tensor, rounding: Tensor) -> Tensor:
         """Error of ``products = x @ rows.mT`` [B, Hq, T, N] that comes from the rows which are stored core tokens."""

@@ -26,7 +26,8 @@ def gradients(forward: ErrorModel, dout: Tensor, dlse: Tensor | None) -> Gradien
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:
     """The adjoint of `repeat_heads`: x [B, H, ...] summed down to `heads` heads."""
-    return x.unflatten(1, (heads, x.shape[1] // heads)).sum(2)
+    total: Tensor = x.unflatten(1, (heads, x.shape[1] // heads)).sum(2)
+    return total
 
 
 class _Backward:
@@ -41,7 +42,7 @@ class _Backward:
         self.ds = self._score_gradient()
         # of adding up what all queries of a key/value head give to each key
         rows = forward.visible.sum(0) * (forward.heads // forward.k.shape[1])
-        self.adding = torch.as_tensor(self.p.summing(rows))[:, None]  # [N, 1]
+        self.adding = self.p.summing(rows)[:, None]  # [N, 1]
 
     def run(self) -> Gradients:
         """The gradients after their last store."""
