@@ -54,9 +54,9 @@ class State:
         return torch.cat(chunks, dim=2)
 
 
-def check(p: Problem, step: int, device: str, config: DecodeConfig = SMALL) -> None:
+def check(p: Problem, step: int, device: str, config: DecodeConfig = SMALL, family: str = "randn") -> None:
     """Outputs and cores of a run from nothing are the oracle's."""
-    inputs = make_inputs(Case(problem=p, layout="different", device=device))
+    inputs = make_inputs(Case(problem=p, layout="different", family=family, device=device))
     state = State(p, step, device)
     out = state.run(inputs, step, config)
     model = ErrorModel(*(x.cpu() for x in inputs[:3]), p.spec, inputs.q.dtype)
@@ -89,6 +89,12 @@ RUNS = [
 @pytest.mark.parametrize(("p", "step"), RUNS, ids=[f"{p}-by{step}" for p, step in RUNS])
 def test_decode_is_the_oracles_row(p: Problem, step: int, device: str) -> None:
     check(p, step, device)
+
+
+@pytest.mark.parametrize("family", ["rising", "falling"])
+def test_the_largest_logit_may_come_in_any_tile(family: str, device: str) -> None:
+    """Of a long group in append_kernel, and of many raw tokens in decode_kernel."""
+    check(problem(q_heads=1, group_size=40, seq_len=44), 11, device, family=family)
 
 
 @pytest.mark.gpu
