@@ -159,7 +159,7 @@ def decode_kernel(
         key_offs = slots.to(tl.int64)[:, None] * key_stride + offs_d
         k = load_rows(k_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
         v = load_rows(v_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
-        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < end_key[:, None])
+        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, end)[:, None])
         acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
     row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
     part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * (SPLITS_CORE + SPLITS_RAW) + split
