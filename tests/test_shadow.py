@@ -16,6 +16,7 @@ from cca_attention.verify import shadow
 
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="shadow works in the interpreter only")
 check = partial(shadow.check, orders=4)
+as_int16 = partial(triton.reinterpret, dtype=tl.int16)
 Faults = list[shadow.Fault]
 
 
@@ -87,6 +88,11 @@ def accumulate_kernel(x_ptr, out_ptr, lock_ptr, HOW: tl.constexpr, BLOCK: tl.con
     total = tl.sum(tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)), axis=0)
     if HOW == "atomic":
         tl.atomic_add(out_ptr, total)
+    elif HOW == "unlocked":
+        while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+            pass
+        tl.atomic_xchg(lock_ptr, 0)
+        tl.store(out_ptr, tl.load(out_ptr) + total)
     elif HOW == "lock":
         while tl.atomic_cas(lock_ptr, 0, 1) == 1:
             pass
@@ -141,6 +147,13 @@ def through_table_kernel(table_ptr, out_ptr, BLOCK: tl.constexpr):
     row = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + tl.program_id(0) * BLOCK + offs, tl.load(row + offs))
+
+
+@triton.jit
+def pick_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
+    """The first half of x and the second half of y, in one load."""
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.load(tl.where(offs < BLOCK // 2, x_ptr, y_ptr) + offs))
 
 
 @triton.jit
@@ -220,10 +233,16 @@ def asserting(limit: int, assume: bool = False) -> Faults:
 
 
 def through_table(beyond: int = 0) -> Faults:
-    rows, out = [torch.randn(16) for _ in range(3)], torch.empty(3, 16)
+    """Rows of 16 that lie 20 apart, by their addresses; the gaps belong to no tensor."""
+    rows, out = torch.randn(3, 20)[:, :16], torch.empty(3, 16)
     table = torch.tensor([row.data_ptr() + beyond for row in rows])
-    inputs = {"table": table} | {f"row {i}": row for i, row in enumerate(rows)}
+    inputs = {"table": table, "rows": rows}
     return check(lambda: through_table_kernel[3,](table, out, 16), inputs=inputs, outputs={"out": out})
+
+
+def pick(y_length: int) -> Faults:
+    x, y, out = torch.randn(8), torch.randn(16)[:y_length], torch.empty(16)
+    return check(lambda: pick_kernel[1,](x, y, out, 16), inputs={"x": x, "y": y}, outputs={"out": out})
 
 
 def neighbour() -> Faults:
@@ -271,14 +290,24 @@ def add(dtype: torch.dtype = torch.float32) -> Faults:
     return check(lambda: add_kernel[3,](x, y, out, 70, 32), inputs={"x": x, "y": y}, outputs={"out": out})
 
 
-def halves(written: int) -> Faults:
-    """Float32 elements, `written` halves of them as int16 and then read whole."""
+def halves(written: int, view: Callable[[Tensor], object] = lambda x: x.view(torch.int16)) -> Faults:
+    """Float32 elements, `written` halves of them as int16, and then read whole."""
     x, out = torch.randn(35), torch.empty(35)
-    parts = (x.view(torch.int16), out.view(torch.int16))
 
     def launch() -> None:
-        copy_kernel[3,](*parts, written, 0, True, True, 32)
+        copy_kernel[3,](view(x), view(out), written, 0, True, True, 32)
         add_kernel[2,](out, x, out, 35, 32)
+
+    return check(launch, inputs={"x": x}, outputs={"out": out})
+
+
+def host_fills(first: int) -> Faults:
+    """A kernel writes a half, torch what comes from `first` on."""
+    x, out = torch.randn(64), torch.empty(64)
+
+    def launch() -> None:
+        copy_kernel[1,](x, out, 32, 0, True, True, 32)
+        out[first:] = 1.0
 
     return check(launch, inputs={"x": x}, outputs={"out": out})
 
@@ -309,6 +338,8 @@ PLANTED: dict[str, tuple[Callable[[], Faults], str]] = {
     "the tail is in another tensor": (neighbour, "out_of_bounds"),
     "a stride is ignored": (lambda: transpose(torch.randn(21, 66)[:, ::2], (66, 1)), "out_of_bounds"),
     "an address in no tensor": (lambda: through_table(beyond=1 << 40), "out_of_bounds"),
+    "an address that is off": (lambda: through_table(beyond=4), "out_of_bounds"),
+    "the second of two tensors is too short": (lambda: pick(15), "out_of_bounds"),
     "the first lanes are not written": (lambda: copy(first=2), "unwritten"),
     "the last program is missing": (lambda: copy(grid=2), "unwritten"),
     "half of a returned tensor": (lambda: returned(32), "unwritten"),
@@ -316,6 +347,8 @@ PLANTED: dict[str, tuple[Callable[[], Faults], str]] = {
     "a registered scratch is half empty": (lambda: handed_over(32, registered=True), "uninitialised"),
     "a scratch of the launcher is half empty": (lambda: handed_over(32, registered=False), "uninitialised"),
     "half an element is empty": (lambda: halves(69), "uninitialised"),
+    "half an element is empty, reinterpreted": (lambda: halves(69, as_int16), "uninitialised"),
+    "the host leaves an element empty": (lambda: host_fills(33), "unwritten"),
     "a counter starts from nothing": (lambda: last_sums("acq_rel", clear=False), "uninitialised unwritten"),
     "an input is written": (to_input, "read_only"),
     "a sum without other": (lambda: reduction("sum"), "masked_lane"),
@@ -324,6 +357,7 @@ PLANTED: dict[str, tuple[Callable[[], Faults], str]] = {
     "a sum of integers without other": (lambda: reduction("sum", torch.int64), "masked_lane"),
     "a sum in half precision without other": (lambda: reduction("sum", torch.float16), "masked_lane"),
     "read, add, write without an atomic": (lambda: accumulate("plain"), "race"),
+    "read, add, write after a lock is released": (lambda: accumulate("unlocked"), "race"),
     "a relaxed counter orders nothing": (lambda: last_sums("relaxed"), "race"),
     "a counter that releases only": (lambda: last_sums("release"), "race"),
     "a counter that acquires only": (lambda: last_sums("acquire"), "race"),
@@ -344,6 +378,8 @@ CORRECT: dict[str, Callable[[], Faults]] = {
     "vector add, int8": lambda: add(torch.int8),
     "vector add, float64": lambda: add(torch.float64),
     "elements of two sizes": lambda: halves(70),
+    "elements of two sizes, reinterpreted": lambda: halves(70, as_int16),
+    "the host writes the rest": lambda: host_fills(32),
     "copy": copy,
     "no program": lambda: copy(n=0, grid=0),
     "strided copy": lambda: transpose(torch.randn(21, 66)[:, ::2]),
@@ -361,6 +397,7 @@ CORRECT: dict[str, Callable[[], Faults]] = {
     "no int32 overflow": lambda: wide_index(1 << 8),
     "device_assert holds": lambda: asserting(5),
     "a table of addresses": through_table,
+    "two tensors in one load": lambda: pick(16),
     "a registered scratch": lambda: handed_over(64, registered=True),
     "a scratch of the launcher": lambda: handed_over(64, registered=False),
     "a returned tensor": lambda: returned(64),

@@ -71,6 +71,18 @@ def publish_kernel(x_ptr, flag_ptr, out_ptr):
         tl.store(out_ptr + tl.program_id(0), tl.load(out_ptr))
 
 
+@triton.jit
+def relay_kernel(x_ptr, count_ptr, out_ptr):
+    """Programs 0 and 1 publish a value each and only release, program 2 only acquires."""
+    program = tl.program_id(0)
+    if program < 2:
+        tl.store(out_ptr + program, tl.load(x_ptr))
+        tl.atomic_add(count_ptr, 1, sem="release")
+    else:
+        tl.atomic_add(count_ptr, 0, sem="acquire")
+        tl.store(out_ptr + 2, tl.load(out_ptr) + tl.load(out_ptr + 1))
+
+
 def copy(n: int = 70, mask_store: bool = True) -> Callable[[], Tensor]:
     x, out = torch.randn(n), torch.empty(n)
 
@@ -95,6 +107,14 @@ def test_two_programs_meet_in_one_cell(first: str, others: tuple[str, str]) -> N
         meet_kernel[2,](cell, first, *others)
     harmless = {(first, *others)} <= {("load", "load", ""), ("atomic", "atomic", "")}
     assert [fault.kind for fault in report.faults][:1] == ([] if harmless else ["race"])
+
+
+def test_who_acquires_sees_all_that_released_before() -> None:
+    x, count = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    out = torch.empty(3)
+    with shadow.watch(inputs={"x": x}, outputs={"out": out}) as report:
+        relay_kernel[3,](x, count, out)
+    assert report.faults == []
 
 
 def test_our_kernels_raise_no_alarm() -> None:
@@ -125,13 +145,23 @@ def test_a_fault_says_where_it_is() -> None:
     assert str(fault).startswith(words)
 
 
-def test_an_element_of_a_view_is_told_by_its_indices() -> None:
-    x, between = torch.ones(12), torch.empty(3, 4).t()
-    with shadow.watch(scratch={"between": between}) as report:
-        copy_kernel[1,](x, between, 5, True, 16)
-        copy_kernel[1,](between, x, 12, True, 16)
+@pytest.mark.parametrize(
+    ("scratch", "index"),
+    [
+        (torch.empty(3, 4).t(), (2, 0)),
+        (torch.empty(9)[3:], (2,)),
+        (torch.empty(4, 1).t(), (0, 2)),
+        (torch.empty(6, 1).expand(6, 5), (2, 0)),
+    ],
+    ids=["transposed", "offset", "one row", "expanded"],
+)
+def test_an_element_of_a_view_is_told_by_its_indices(scratch: Tensor, index: tuple[int, ...]) -> None:
+    x = torch.ones(4)
+    with shadow.watch(scratch={"scratch": scratch}) as report:
+        copy_kernel[1,](x, scratch, 2, True, 4)
+        copy_kernel[1,](scratch, x, 4, True, 4)
     (fault,) = report.faults
-    assert (fault.kind, fault.tensor, fault.index, fault.count) == ("uninitialised", "between", (1, 1), 7)
+    assert (fault.kind, fault.tensor, fault.index, fault.count) == ("uninitialised", "scratch", index, 2)
 
 
 def test_lanes_out_of_bounds_are_not_run() -> None:

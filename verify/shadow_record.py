@@ -192,7 +192,9 @@ class Record:
                     program = self.order.programs[int(before[unordered][0])]
                     detail = f"{access} after a {other} by program {program}, unordered"
                     self._lanes("race", detail, view, offsets, unordered.any(axis=1))
-        mine = stamps.setdefault(access, np.zeros(len(view.storage.flags), np.int32))
+        if access not in stamps:
+            stamps[access] = np.zeros(len(view.storage.flags), np.int32)
+        mine = stamps[access]
         before = mine[cells]
         # the oldest unordered access stays: a later one by anybody else still meets it
         mine[cells] = np.where(known[before], self.order.segment, before)
