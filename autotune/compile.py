@@ -1,4 +1,4 @@
-"""Compile a `Tunable` for a GPU that is not there, and read what its kernels need.
+"""Compile a `Tunable` for a GPU that is not there.
 
 The kernel's own launcher is called on meta tensors with the run method of its jitted functions replaced, so that no
 signature is written down twice: what would have been launched is recorded, then compiled with Triton's warm-up, which
@@ -10,9 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from triton.runtime import driver
 
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
+from .binary import Resources, read_resources
 from .traits import Traits, read_traits
 
 META = torch.device("meta")
@@ -62,17 +60,6 @@ class Sketch:
             Launch(launch["kernel"], tuple(launch["grid"]), Traits(**launch["traits"])) for launch in values["launches"]
         )
         return cls(values["key"], tuple(launches))
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one compiled kernel takes: bytes of shared memory a block, registers and spilled bytes a thread."""
-
-    kernel: str
-    shared_bytes: int
-    registers: int
-    spill_bytes: int
-    num_warps: int
 
 
 class CompileOnlyDriver:
@@ -217,40 +204,7 @@ def compile_config(module: str, name: str, problem: Problem, config: Config) -> 
     tunable = find_tunable(module, name)
     found = []
     for call in _calls(tunable, problem, config):
-        found.append(_resources(call.kernel.warmup(*call.args, grid=call.grid, **call.options)))
+        found.append(read_resources(call.kernel.warmup(*call.args, grid=call.grid, **call.options)))
         # a worker compiles hundreds of kernels: keep none of them
         call.kernel.device_caches.clear()
     return tuple(found)
-
-
-def _resources(compiled: Any) -> Resources:
-    assembly, metadata = compiled.asm, compiled.metadata
-    if "cubin" in assembly:
-        registers, spill_bytes = _cubin_usage(assembly["cubin"])
-    else:
-        registers, spill_bytes = _amdgcn_usage(assembly["amdgcn"])
-    return Resources(metadata.name, metadata.shared, registers, spill_bytes, metadata.num_warps)
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory (spills) of a thread, by the cuobjdump that Triton brings."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _figure(text, r"\bREG:(\d+)"), _figure(text, r"\bSTACK:(\d+)") + _figure(text, r"\bLOCAL:(\d+)")
-
-
-def _amdgcn_usage(text: str) -> tuple[int, int]:
-    """Vector registers and bytes of scratch memory of a thread, from the assembly's own notes."""
-    registers = _figure(text, r"\.vgpr_count:\s*(\d+)")
-    return registers, _figure(text, r"\.private_segment_fixed_size:\s*(\d+)")
-
-
-def _figure(text: str, pattern: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"no {pattern} in the compiler's report:\n{text[:500]}")
-    return int(found.group(1))

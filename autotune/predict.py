@@ -3,16 +3,18 @@
 A launch is bounded by its slowest resource. Each term is a time in microseconds if that resource alone counted:
 
 - tensor: operations over the peak rate (of the tensor cores; of the vector units for float32, or without a product);
-- shared: operands of the products read from shared memory, 128 bytes a clock and SM. Each holder of rows (a warp, a
-  warp group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least;
+- issue: instructions that warps go through in their loops, one a clock and scheduler; before the kernel is compiled,
+  and where its assembly is not read, six vector operations on each score;
+- exp2: exponentials, 16 a clock and SM;
+- shared: operands of the products and spilled registers, 128 bytes a clock and SM. Each holder of rows (a warp, a warp
+  group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least;
 - l2: bytes that tiles load, re-reads included, at 32 bytes a clock and SM;
-- hbm: bytes read and written once, at the peak rate or at what the loads in flight allow (Little's law);
-- softmax: exponentials, 16 a clock and SM, and six vector operations on each score.
+- hbm: bytes read and written once, at the peak rate or at what the loads in flight allow (Little's law).
 
 The terms other than the slowest hide behind it as far as there are other warps to run: what they add is divided by
 the warps resident per scheduler, times 1.5 with a pipelined loop. The sum is multiplied by the quantisation (programs
-of the fullest SM over the mean), and by one plus the share of a thread's state that was spilled. A further launch of
-the same call adds two microseconds. The constants are the ones above, none is fitted.
+of the fullest SM over the mean). A further launch of the same call adds two microseconds. The constants are the ones
+above, none is fitted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 
 from ..kernels.tunable import Config, Work
 from ..problem import Problem
-from .compile import Launch, Resources
+from .binary import Resources
+from .compile import Launch
 from .devices import Device
 
 SHARED_BYTES_PER_CLOCK = 128
@@ -36,8 +39,6 @@ EXTRA_LAUNCH_US = 2.0
 SCHEDULERS = 4
 ASSUMED_REGISTERS = 90
 """What addresses, masks and operands take besides the live tiles, in an estimate without a compiled kernel."""
-FULL_REGISTER_FILE_SPILL = 4
-"""Bytes of a register: a thread with R registers and 4 R spilled bytes keeps half of its state in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def estimated(device: Device, launch: Launch, config: Config) -> Resources:
     wanted = launch.traits.live_bytes // (4 * threads) + ASSUMED_REGISTERS
     registers = min(wanted, device.registers_per_thread)
     shared = max(1, config.num_stages - 1) * launch.traits.stage_bytes
-    return Resources(launch.kernel, shared, registers, 4 * (wanted - registers), config.num_warps)
+    spilled = 4 * (wanted - registers)
+    return Resources(launch.kernel, shared, registers, spilled, config.num_warps, 0, 2 * spilled)
 
 
 def predict(
@@ -89,11 +91,10 @@ def predict(
     slowest = max(terms.values())
     exposed = (sum(terms.values()) - slowest) / hiding
     quantisation = math.ceil(launch.programs / device.sm_count) * device.sm_count / launch.programs
-    spill = 1.0 + resources.spill_bytes / (FULL_REGISTER_FILE_SPILL * max(1, resources.registers))
     further = EXTRA_LAUNCH_US * (len(launches) - 1)
     parts = {f"{name}_us": time for name, time in terms.items()}
-    parts |= {"exposed_us": exposed, "quantisation": quantisation, "spill": spill, "warps_per_scheduler": warps}
-    return Prediction((slowest + exposed) * quantisation * spill + further, {**parts, "further_launches_us": further})
+    parts |= {"exposed_us": exposed, "quantisation": quantisation, "warps_per_scheduler": warps}
+    return Prediction((slowest + exposed) * quantisation + further, {**parts, "further_launches_us": further})
 
 
 def _operations_per_us(device: Device, problem: Problem, products: bool) -> float:
@@ -107,23 +108,32 @@ def _terms(
     traits = launch.traits
     clocks = device.sm_count * device.clock_mhz  # of all SMs, in a microsecond
     products = traits.dot_flops > 0
-    loaded = work.flops * traits.load_bytes / traits.dot_flops if products else work.bytes
+    passes = work.flops / traits.dot_flops if products else launch.programs
+    loaded = passes * traits.load_bytes if products else work.bytes
     operands = (
         work.flops * problem.element_bytes / (2 * _rows_of_a_reader(device, launch, resources)) if products else 0
     )
-    stages = max(1, config.num_stages - 1)
-    in_flight = (
-        min(launch.programs, device.sm_count) * resident * stages * max(traits.stage_bytes, traits.load_bytes / 4)
-    )
+    threads = resources.num_warps * device.threads_per_warp
+    spilled = passes * threads * resources.loop_spill_bytes
+    in_flight = min(launch.programs, device.sm_count) * resident * _bytes_in_flight(config, launch)
     hbm = min(device.hbm_gbps * 1e3, in_flight / MEMORY_LATENCY_US)
-    vector = device.fp32_tflops * 1e6 / 2
+    if resources.loop_instructions:
+        issue = passes * resources.num_warps * resources.loop_instructions / (clocks * SCHEDULERS)
+    else:
+        issue = work.exp2 * SOFTMAX_OPERATIONS / (device.fp32_tflops * 1e6 / 2)
     return {
         "tensor": work.flops / _operations_per_us(device, problem, products),
-        "shared": operands / (clocks * SHARED_BYTES_PER_CLOCK),
+        "issue": issue,
+        "exp2": work.exp2 / (clocks * EXP2_PER_CLOCK),
+        "shared": (operands + spilled) / (clocks * SHARED_BYTES_PER_CLOCK),
         "l2": loaded / (clocks * L2_BYTES_PER_CLOCK),
         "hbm": work.bytes / max(hbm, 1.0),
-        "softmax": work.exp2 / (clocks * EXP2_PER_CLOCK) + work.exp2 * SOFTMAX_OPERATIONS / vector,
     }
+
+
+def _bytes_in_flight(config: Config, launch: Launch) -> float:
+    """Bytes that one block has asked for at a time: whole stages, or a quarter of all its loads."""
+    return max(1, config.num_stages - 1) * max(launch.traits.stage_bytes, launch.traits.load_bytes / 4)
 
 
 def _rows_of_a_reader(device: Device, launch: Launch, resources: Resources) -> float:

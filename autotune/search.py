@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..kernels.tunable import Config
-from .compile import Resources
+from .binary import Resources
 from .measure import Timing
 from .predict import Prediction
 

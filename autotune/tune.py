@@ -19,16 +19,18 @@ from ..kernels.tunable import Config
 from ..profiles.configs import source_hash
 from ..verify.gate import SUITE, TIMEOUT_S
 from . import jobs, space
-from .compile import Resources, Sketch, aim
+from .binary import Resources
+from .compile import Sketch, aim
 from .journal import Journal, Key, Phase
 from .measure import Timing
 from .pool import Done, Job, Pool
 from .predict import predict, roofline_us
 from .progress import Progress, Request
 from .search import Trial, ranked
-from .traits import REVISION
 
 LIMIT_S: dict[Phase, float] = {"sketch": 60.0, "compile": 60.0, "measure": 120.0, "verify": TIMEOUT_S + 60.0}
+REVISION = 3
+"""Part of the key of what is read from the compiler: to be raised when the meaning of a figure changes."""
 MOST_REJECTED = 4
 """Wrong results in a row after which the kernel itself is suspected, and no further config is tried."""
 
@@ -67,8 +69,8 @@ class Tuner:
     def _key(self, phase: Phase, kernel: Progress, config: Config) -> Key:
         request = self._request
         where = {
-            "sketch": f"{request.device.arch}, traits {REVISION}",
-            "compile": request.device.arch,
+            "sketch": f"{request.device.arch}, revision {REVISION}",
+            "compile": f"{request.device.arch}, revision {REVISION}",
             "measure": request.device.name,
             "verify": f"{self._gpu_here or 'interpreter'}, suite {SUITE}",
         }[phase]

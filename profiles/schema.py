@@ -113,13 +113,15 @@ class Predicted(_Part):
 
 
 class KernelResources(_Part):
-    """What one compiled kernel takes: of a block, and of a thread."""
+    """What one compiled kernel takes of a block and of a thread, and does in one pass through its loops."""
 
     kernel: str
     shared_bytes: NonNegativeInt
     registers: NonNegativeInt
     spill_bytes: NonNegativeInt
     num_warps: PositiveInt
+    loop_instructions: NonNegativeInt = 0
+    loop_spill_bytes: NonNegativeInt = 0
 
 
 class Verification(_Part):

@@ -180,7 +180,8 @@ def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Pa
 
 
 def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
-    options = ["--gpu", "a100", "--ctx", "8192", "--kernels", "pooling", "--candidates", "2", "--json"]
+    shape = "--heads 2 --kv-heads 1 --head-dim 32 --group-size 4 --window-size 16 --dtype fp16 --ctx 8192"
+    options = ["--gpu", "a100", "--kernels", "pooling", "--candidates", "2", "--json", *shape.split()]
     done = subprocess.run(
         [*COMMAND, *options, "--cache-dir", str(tmp_path)], capture_output=True, text=True, timeout=600
     )
@@ -190,7 +191,7 @@ def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
     assert summary["evidence"] == "modelled" and summary["profile"] == "a100-80gb.yaml"
     assert pooling["compiled"] == 2 and pooling["verification"]["ok"] and pooling["verification"]["cases"] > 0
     profile = load_profile("a100")
-    schedule = profile.schedule(Problem(q_heads=32, kv_heads=8, seq_len=8192, head_dim=128))
+    schedule = profile.schedule(Problem(**summary["problem"]))
     assert {name: vars_of(config) for name, config in schedule.items()} == {"pooling": pooling["chosen"]}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import triton
 
-from cca_attention.autotune.compile import Resources, Sketch, aim, compile_config, sketch, target_of
+from cca_attention.autotune.binary import Resources
+from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
 from cca_attention.autotune.pool import Done, Failed, Job, Pool
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
@@ -62,6 +63,7 @@ def test_a_kernel_compiles_for_an_absent_gpu(toy: Any, arch: str) -> None:
     assert isinstance(used, Resources)
     assert (used.kernel, used.num_warps, used.spill_bytes) == ("toy_kernel", 4, 0)
     assert 32 <= used.registers <= 512
+    assert (used.loop_instructions > 0) == arch.startswith("sm_")
     assert 64 * 64 * 2 <= used.shared_bytes <= 65536
 
 
@@ -75,6 +77,7 @@ def test_spills_are_seen_and_the_compiler_is_asked_only_for_what_differs(toy: An
     assert isinstance(narrow, Done) and isinstance(wide, Done) and isinstance(spilling, Done), found
     assert (narrow.value[0].num_warps, wide.value[0].num_warps) == (4, 8)
     assert narrow.value[0].spill_bytes == 0 < spilling.value[0].spill_bytes
+    assert narrow.value[0].loop_spill_bytes == 0 < spilling.value[0].loop_spill_bytes
     drawn = found["sketch"]
     assert isinstance(drawn, Done)
     first, second, third = drawn.value

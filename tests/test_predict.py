@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cca_attention.autotune.compile import Launch, Resources, Sketch
+from cca_attention.autotune.binary import Resources, loop_costs
+from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import Device, device_table, find_device
 from cca_attention.autotune.measure import Timing
 from cca_attention.autotune.predict import Prediction, blocks_per_sm, estimated, predict, roofline_us
@@ -22,7 +23,7 @@ PROBLEM = Problem(q_heads=32, kv_heads=8, seq_len=32768, head_dim=128)
 CONFIG = Config(num_warps=4, num_stages=2)
 TRAITS = Traits(dot_flops=4.0 * 128 * 64 * 128, dot_rows=128, load_bytes=32768.0, stage_bytes=32768, live_bytes=98304)
 LAUNCH = Launch("forward_kernel", (256, 32, 1), TRAITS)
-RESOURCES = Resources("forward_kernel", 65536, 200, 0, 4)
+RESOURCES = Resources("forward_kernel", 65536, 200, 0, 4, 1000, 0)
 WORK = Work(flops=1e12, bytes=1e9, exp2=2e9)
 
 # the shape of a Triton module: a loop over keys with its two products, one straight-line load before it
@@ -93,6 +94,24 @@ def test_occupancy_is_the_tightest_limit(resources: Resources, blocks: int) -> N
     assert blocks_per_sm(A100, resources) == blocks
 
 
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                       /* 0x00 */
+        /*0010*/                   STL.64 [R1], R4 ;                            /* 0x00 */
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;        /* 0x00 */
+        /*0030*/                   LDL.128 R8, [R1+0x8] ;                       /* 0x00 */
+        /*0040*/              @P0 BRA 0x30 ;                                    /* 0x00 */
+        /*0050*/                   STL [R1+0x4], R5 ;                           /* 0x00 */
+        /*0060*/              @!P1 BRA 0x20 ;                                   /* 0x00 */
+        /*0070*/                   EXIT ;                                       /* 0x00 */
+        /*0080*/                   BRA 0x80 ;                                   /* 0x00 */
+"""
+
+
+def test_only_what_is_in_a_loop_costs() -> None:
+    assert loop_costs(SASS) == (5, 16 + 4)
+    assert loop_costs(SASS.replace("BRA 0x30", "BRA 0x70").replace("BRA 0x20", "BRA 0x70")) == (9, 8 + 16 + 4)
+
+
 def time_us(**changes: Any) -> float:
     """The predicted time with one thing changed."""
     device, config = changes.pop("device", A100), changes.pop("config", CONFIG)
@@ -105,7 +124,8 @@ def time_us(**changes: Any) -> float:
 @pytest.mark.parametrize(
     "worse",
     [
-        {"spill_bytes": 400},
+        {"loop_spill_bytes": 400},
+        {"loop_instructions": 4000},
         {"registers": 255, "shared_bytes": 160_000},
         {"flops": 2e12},
         {"bytes": 4e10},
@@ -130,10 +150,10 @@ def test_no_prediction_is_below_the_roofline(device: Device) -> None:
 
 
 def test_the_parts_make_the_total() -> None:
-    found = predict(A100, PROBLEM, CONFIG, WORK, [(LAUNCH, replace(RESOURCES, spill_bytes=100)), (LAUNCH, RESOURCES)])
+    found = predict(A100, PROBLEM, CONFIG, WORK, [(LAUNCH, RESOURCES), (LAUNCH, RESOURCES)])
     parts = found.parts
-    slowest = max(parts[f"{name}_us"] for name in ("tensor", "shared", "l2", "hbm", "softmax"))
-    loop = (slowest + parts["exposed_us"]) * parts["quantisation"] * parts["spill"]
+    slowest = max(parts[f"{name}_us"] for name in ("tensor", "issue", "exp2", "shared", "l2", "hbm"))
+    loop = (slowest + parts["exposed_us"]) * parts["quantisation"]
     assert found.total_us == pytest.approx(loop + parts["further_launches_us"])
     assert parts["further_launches_us"] > 0
 
