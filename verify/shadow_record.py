@@ -191,7 +191,7 @@ class Record:
                 if unordered.any():
                     program = self.order.programs[int(before[unordered][0])]
                     detail = f"{access} after a {other} by program {program}, unordered"
-                    self._lanes("race", detail, view, offsets, unordered.any(axis=1))
+                    self._lanes("race", detail, view, offsets, np.asarray(unordered.any(axis=1)))
         if access not in stamps:
             stamps[access] = np.zeros(len(view.storage.flags), np.int32)
         mine = stamps[access]
