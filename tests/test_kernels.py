@@ -118,6 +118,12 @@ def test_a_scale_that_is_given(scale: float, dtype: str) -> None:
     passes("backward_equals_oracle", make(seq_len=21, dtype=dtype, case={"scale": scale}))
 
 
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU bfloat16 runs as itself, in the tests above")
+def test_bfloat16_emulated_in_the_interpreter() -> None:
+    """The host rounds around float32 kernels; this says nothing about bfloat16 kernels."""
+    passes("backward_equals_oracle", make(q_heads=4, seq_len=21, dtype="bfloat16"))
+
+
 TILES = {
     "default": None,
     "larger_than_all": same_tiles(64, 64, groups=16, members=32),
