@@ -134,7 +134,7 @@ def pooling_backward_kernel(
         rest += tl.sum(ds, axis=1)
         dq += tl.sum(ds[:, :, None] * k, axis=1)
         pooled += tl.sum(weights[:, :, None] * k, axis=1)
-    dq = (dq - rest[:, None] * pooled) * (SCALE / q_per_core)
+    dq = (dq - rest[:, None] * pooled) * SCALE / q_per_core
     tl.store(pool_delta_ptr + stat_offs, mean + rest, mask=mask_c)
     for h in range(q_per_core):
         row_offs = offset((batch, head + h, last), dq_strides)[:, None] + offs_d[None, :]

@@ -187,8 +187,8 @@ RULES = [
     Rule(
         short_files,
         ALL,
-        bad=(plant("x = 1\n" * 301), plant(jit().source + "x = 1\n" * 397)),
-        good=(plant("x = 1\n" * 300), plant(jit().source + "x = 1\n" * 396)),
+        bad=(plant("x = 1\n" * 301), plant(jit().source + "x = 1\n" * 422)),
+        good=(plant("x = 1\n" * 300), plant(jit().source + "x = 1\n" * 421)),
     ),
     Rule(
         short_functions,

@@ -93,7 +93,7 @@ def _forward(
     spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
     if backend == "eager":
         out, lse, k_core, v_core = eager.forward(q, k, v, spec, bounds=bounds, packed=packed)
-        return out, lse, k_core, v_core, lse.new_empty(k_core.shape[:3])
+        return out, lse, k_core, v_core, lse.new_zeros(k_core.shape[:3])
     if 0 in q.shape:
         return _empty_results(q, k, v, spec)
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))

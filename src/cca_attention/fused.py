@@ -93,8 +93,10 @@ def pool(
     """(k_core, v_core (B, Hc, T // g, D), pool_lse (B, Hc, T // g)) of the complete groups."""
     core_heads = spec.num_core_heads(q.shape[1], k.shape[1])
     shape = (q.shape[0], core_heads, spec.num_groups(q.shape[2]), q.shape[3])
-    k_core, v_core = k.new_empty(shape), v.new_empty(shape)
-    pool_lse = q.new_empty(shape[:3], dtype=accumulator_dtype(q.dtype))
+    # packed and padded sequences leave some slots without a core
+    empty = torch.empty if sequences.table is None else torch.zeros
+    k_core, v_core = (empty(shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    pool_lse = empty(shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
     launch_pooling(q, k, v, k_core, v_core, pool_lse, spec=spec, sequences=sequences, config=configs["pooling"])
     return k_core, v_core, pool_lse
 
