@@ -280,6 +280,11 @@ def to_input() -> Faults:
     return check(lambda: copy_kernel[1,](x, y, 32, 0, True, True, 32), inputs={"x": x, "y": y})
 
 
+def in_place(n: int) -> Faults:
+    x = torch.randn(64)
+    return check(lambda: copy_kernel[2,](x, x, n, 0, True, True, 32), inputs={"x": x}, outputs={"x": x})
+
+
 def last_wins() -> Faults:
     out = torch.empty(1, dtype=torch.int32)
     return check(lambda: last_wins_kernel[3,](out), outputs={"out": out})
@@ -342,6 +347,7 @@ PLANTED: dict[str, tuple[Callable[[], Faults], str]] = {
     "the second of two tensors is too short": (lambda: pick(15), "out_of_bounds"),
     "the first lanes are not written": (lambda: copy(first=2), "unwritten"),
     "the last program is missing": (lambda: copy(grid=2), "unwritten"),
+    "half of a tensor updated in place": (lambda: in_place(32), "unwritten"),
     "half of a returned tensor": (lambda: returned(32), "unwritten"),
     "a descriptor's last tile is missing": (lambda: descriptor(20), "unwritten"),
     "a registered scratch is half empty": (lambda: handed_over(32, registered=True), "uninitialised"),
@@ -392,7 +398,8 @@ CORRECT: dict[str, Callable[[], Faults]] = {
     "a sum under a lock": lambda: accumulate("lock"),
     "the last arrival reads all": lambda: last_sums("acq_rel"),
     "no masked lane": lambda: reduction("sum", n=8),
-    "in place": lambda: shift(0),
+    "in place": lambda: in_place(64),
+    "in part": lambda: shift(0),
     "one store an element": lambda: scatter(1, 1),
     "no int32 overflow": lambda: wide_index(1 << 8),
     "device_assert holds": lambda: asserting(5),

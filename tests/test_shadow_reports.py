@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cca_attention import cca_attention
 from cca_attention.verify import shadow
@@ -69,6 +70,13 @@ def publish_kernel(x_ptr, flag_ptr, out_ptr):
         tl.atomic_store(flag_ptr, 1, sem="release")
     elif tl.atomic_load(flag_ptr, sem="acquire") == 1:
         tl.store(out_ptr + tl.program_id(0), tl.load(out_ptr))
+
+
+@triton.jit
+def mean_kernel(pair, third, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.load(pair[0] + offs) + tl.load(pair[1] + offs) + third.load([0, 0])
+    tl.store(out_ptr + offs, total / 3)
 
 
 @triton.jit
@@ -181,7 +189,18 @@ def test_masked_lanes_are_named_and_hold_nan() -> None:
         sum_kernel[1,](x, out, 5, 8)
     assert report.faults == [] and out.isnan().all()
     (line,) = report.masked_lines
-    assert re.fullmatch(r"sum_kernel, test_shadow_reports.py:\d+ > test_shadow_reports.py:\d+", line)
+    place = re.fullmatch(r"sum_kernel, test_shadow_reports.py:(\d+) > test_shadow_reports.py:(\d+)", line)
+    assert place is not None
+    assert "load_row(x_ptr" in linecache.getline(__file__, int(place[1]))
+    assert "tl.load(ptr" in linecache.getline(__file__, int(place[2]))
+
+
+def test_tensors_without_a_name_are_called_as_the_kernel_calls_them() -> None:
+    with shadow.watch() as report:
+        full, empty = torch.ones(4, 4), torch.empty(4, 4)
+        mean_kernel[1,]((full, empty), TensorDescriptor.from_tensor(torch.empty(4, 4), [4, 4]), full, 4)
+    found = [(fault.kind, fault.tensor) for fault in report.faults]
+    assert found == [("uninitialised", "pair[1]"), ("uninitialised", "third")]
 
 
 def test_every_call_of_check_finds_the_tensors_as_they_were() -> None:
