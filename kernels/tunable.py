@@ -79,11 +79,25 @@ def draw(
     }
 
 
+HANDLES: dict[str, Any] = {}
+"""What a custom op's string argument stands for: every Schedule and Profile of this process by its `handle`.
+
+They are entered when they are made, not when they are used: a use can be inside of what `torch.compile` traces, which
+would enter them only after the op had looked.
+"""
+
+
 class Schedule(Mapping[str, Config]):
-    """Which config each kernel is launched with; kernels that it does not name use their built-in default."""
+    """Which config each kernel is launched with; kernels that it does not name use their built-in default.
+
+    `handle` is a string that stands for it in `HANDLES`, empty if it names none; equal schedules have equal handles.
+    """
 
     def __init__(self, configs: Mapping[str, Config] | None = None) -> None:
         self._configs = dict(configs or {})
+        self.handle = f"schedule {sorted(self._configs.items())!r}" if self._configs else ""
+        if self.handle:
+            HANDLES.setdefault(self.handle, self)
 
     def __getitem__(self, kernel: str) -> Config:
         return self._configs[kernel]
@@ -95,7 +109,7 @@ class Schedule(Mapping[str, Config]):
         return len(self._configs)
 
     def __hash__(self) -> int:
-        return hash(frozenset(self._configs.items()))
+        return hash(self.handle)
 
     def __repr__(self) -> str:
         return f"Schedule({self._configs!r})"

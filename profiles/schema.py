@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..kernels.tunable import Config, Schedule
+from ..kernels.tunable import HANDLES, Config, Schedule
 from ..problem import Problem
 from ..spec import CoreHeads, Pooling
 from .configs import as_config, source_hash
@@ -212,8 +214,18 @@ class Profile(_Part):
             raise ValueError("more than one entry for " + ", ".join(f"{k} on {p}" for k, p in sorted(doubled, key=str)))
         return self
 
+    @cached_property
+    def handle(self) -> str:
+        """The string that stands for it in `HANDLES`; equal profiles have equal handles."""
+        return f"profile {hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()}"
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Enter it in `HANDLES`."""
+        super().model_post_init(context)
+        HANDLES.setdefault(self.handle, self)
+
     def __hash__(self) -> int:
-        return hash(self.model_dump_json(by_alias=True))
+        return hash(self.handle)
 
     def schedule(self, problem: Problem) -> Schedule:
         """The config of each kernel from the nearest problem it was tuned for.

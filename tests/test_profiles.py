@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from cca_attention import cca_attention
 from cca_attention.kernels.forward import ForwardConfig
+from cca_attention.kernels.tunable import Schedule
 from cca_attention.problem import Problem
 from cca_attention.profiles import store
 from cca_attention.profiles.configs import as_config, source_hash, tunables
@@ -274,3 +277,20 @@ def test_the_command_that_would_tune_is_complete() -> None:
         "cca-tune --gpu h200 --ctx 131072 --batch 1 --heads 32 --kv-heads 8 --head-dim 128 --group-size 16 "
         "--window-size 1024 --core-heads query --pooling last_query --dtype bfloat16"
     )
+
+
+def test_a_compiled_graph_finds_its_profile_at_the_first_call(folders: dict[str, Path], device: str) -> None:
+    """Given by name or as an object: before the graph runs nothing has been called with it."""
+    kernels = {name: {"source_hash": source_hash(name)} for name in tunables()}
+    profile, x = make(kernels=kernels), torch.randn(1, 2, 12, 16, device=device)
+    write_profile(profile, folders["here"] / "a100.yaml")
+    for given in (str(folders["here"] / "a100.yaml"), profile, Schedule({"forward": ForwardConfig(block_q=16)})):
+        torch.compiler.reset()
+
+        def call(q: torch.Tensor, given: Any = given) -> torch.Tensor:
+            return cca_attention(q, q, q, group_size=16, window_size=1024, profile=given)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ProfileWarning)  # it has no entry for this shape
+            found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, cca_attention(x, x, x, group_size=16, window_size=1024))

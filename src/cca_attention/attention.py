@@ -11,7 +11,7 @@ from . import fused
 from .arguments import check_sequences, check_tensors
 from .kernels import eager
 from .kernels.layout import Sequences
-from .kernels.tunable import Schedule, accumulator_dtype
+from .kernels.tunable import HANDLES, Schedule, accumulator_dtype
 from .spec import CCASpec, CoreHeads, Pooling, check_choice
 
 if TYPE_CHECKING:
@@ -19,31 +19,34 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "eager"]
 
-# what a custom op's string argument stands for; the ops look their configs up when they run
-_PROFILES: dict[str, Any] = {"": Schedule()}
-
 
 def register_profile(profile: str | Profile | Schedule | None) -> str:
     """The handle under which the ops find `profile`: None, a name or path, a Profile or a Schedule.
 
-    A name or path is loaded once per process. Raises what `load_profile` raises.
+    A name or path is loaded once per process; inside of what ``torch.compile`` traces, when the op first runs.
+    Raises what `load_profile` raises.
     """
     if profile is None:
         return ""
-    handle = profile if isinstance(profile, str) else f"{type(profile).__name__}:{hash(profile):x}"
-    if handle not in _PROFILES:
-        if isinstance(profile, str):
-            from .profiles.store import load_profile
+    if not isinstance(profile, str):
+        return profile.handle
+    if not torch.compiler.is_compiling():
+        _registered(profile)
+    return profile
 
-            profile = load_profile(profile)
-        _PROFILES[handle] = profile
-    return handle
+
+def _registered(handle: str) -> Any:
+    if handle not in HANDLES:
+        from .profiles.store import load_profile
+
+        HANDLES[handle] = load_profile(handle)
+    return HANDLES[handle]
 
 
 def configs_for(handle: str, q: Tensor, k: Tensor, spec: CCASpec) -> fused.Configs:
     """The configs that a registered profile gives for these tensors."""
     problem = fused.problem_of(q, k, spec)
-    profile = _PROFILES[handle]
+    profile = _registered(handle) if handle else Schedule()
     schedule = profile if isinstance(profile, Schedule) else profile.schedule(problem)
     return fused.Configs(schedule, problem, fused.architecture(q.device))
 
