@@ -16,8 +16,8 @@ from cca_attention.kernels.forward import ForwardConfig
 from cca_attention.kernels.pooling import PoolingConfig
 from cca_attention.kernels.tunable import Config, Schedule
 from cca_attention.verify.cases import Case, same_tiles
-from cca_attention.verify.checks import CHECKS
 from cca_attention.verify.inputs import FAMILIES, LAYOUTS
+from cca_attention.verify.registry import checks
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -36,7 +36,7 @@ def make(tiles: Schedule | None = SMALL, *, case: dict[str, Any] | None = None, 
 
 
 def passes(check: str, case: Case) -> None:
-    comparisons = CHECKS[check](case)
+    comparisons = checks()[check](case)
     assert comparisons and all(comparison.ok for comparison in comparisons), "\n".join(map(str, comparisons))
 
 

@@ -1,12 +1,9 @@
-"""What is checked: each check takes a `Case`, runs the public functions on it and returns its `Comparison`s.
-
-Tests, the gate of a candidate config and the mutants all call these; a check never judges, prints or skips.
-"""
+"""The checks that everything else rests on: equal to the oracle, causal, complete, repeatable; and the cache's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +14,7 @@ from ..cache import CCACache
 from ..kernels import reference
 from .cases import Case
 from .inputs import Inputs, make_inputs
+from .registry import check
 from .rounding import Bounded, ErrorModel, exact_weights
 from .rounding_backward import gradients
 from .tolerance import Comparison, compare, compare_bitwise
@@ -78,18 +76,21 @@ def _same_bits(actual: Results, expected: Results, note: str = "") -> list[Compa
     return [compare_bitwise(f"{name}{note}", actual[name], expected[name]) for name in expected]
 
 
+@check("forward")
 def forward_equals_oracle(case: Case) -> list[Comparison]:
     """out and lse, of dense, packed and padded cases alike."""
     inputs = make_inputs(case)
     return _compare_all(run(case, inputs), oracle(case, inputs))
 
 
+@check("backward")
 def backward_equals_oracle(case: Case) -> list[Comparison]:
     """out, lse, dq, dk and dv, for a gradient of both out and lse."""
     inputs = make_inputs(case)
     return _compare_all(run(case, inputs, grads=True), oracle(case, inputs, grads=True))
 
 
+@check("backward", "P31")
 def sequences_equal_alone(case: Case) -> list[Comparison]:
     """Each packed document, or row of a padded batch, has the bits of a call with that sequence alone."""
     inputs = make_inputs(case)
@@ -104,6 +105,7 @@ def sequences_equal_alone(case: Case) -> list[Comparison]:
     return found
 
 
+@check("forward", "P2")
 def causality(case: Case) -> list[Comparison]:
     """Rows before t keep their bits when every q, k and v from t on changes; for t at all edges of the visibility."""
     inputs, p = make_inputs(case), case.problem
@@ -121,6 +123,7 @@ def causality(case: Case) -> list[Comparison]:
     return found
 
 
+@check("forward", "P1", "P5", "P12")
 def partition(case: Case) -> list[Comparison]:
     """With q = 0 and one-hot values the output is the weight of every token: 1/N raw, 1/(g N) in a core, else 0.
 
@@ -157,6 +160,7 @@ def _weights_of_row(i: int, tokens: int, g: int, w: int) -> Tensor:
     return weights
 
 
+@check("backward", "P33", "P35")
 def bitwise_repeat(case: Case) -> list[Comparison]:
     """A second call gives the same bits, forward and backward, and no call changes its inputs."""
     inputs = make_inputs(case)
@@ -166,6 +170,7 @@ def bitwise_repeat(case: Case) -> list[Comparison]:
     return found + _same_bits(inputs._asdict(), kept, " as it was")
 
 
+@check("backward", "P6")
 def isolation(case: Case) -> list[Comparison]:
     """NaN in one (batch, key/value head) reaches the query heads that read it, all of them, and no other."""
     inputs, p = make_inputs(case), case.problem
@@ -186,6 +191,7 @@ def isolation(case: Case) -> list[Comparison]:
     return found
 
 
+@check("backward", "P32")
 def schedule_is_used(case: Case) -> list[Comparison]:
     """With the case's schedule and without, the results are right, and not all bits are the same."""
     inputs, found = make_inputs(case), []
@@ -229,6 +235,7 @@ def chunk_sizes(tokens: int) -> list[int]:
     return [*sizes, max(0, left - 4), 1, 3] if left >= 4 else [*sizes, *[1] * left]
 
 
+@check("decode", "P27", "P28")
 def decode_equals_prefill(case: Case) -> list[Comparison]:
     """A cache fed in chunks and single tokens gives the rows that one call gives, and holds its core tokens."""
     inputs, p, cache = make_inputs(case), case.problem, make_cache(case, rollback=3)
@@ -242,6 +249,7 @@ def decode_equals_prefill(case: Case) -> list[Comparison]:
     return [*found, compare_bitwise("seen and nbytes", held, right)]
 
 
+@check("decode", "P28")
 def crop_equals_fresh(case: Case) -> list[Comparison]:
     """Tokens that were appended and cropped again leave no trace: the rows after them are the oracle's."""
     inputs, p, cache = make_inputs(case), case.problem, make_cache(case, rollback=3)
@@ -258,6 +266,7 @@ def crop_equals_fresh(case: Case) -> list[Comparison]:
     return found
 
 
+@check("decode", "P28")
 def reorder_equals_fresh(case: Case) -> list[Comparison]:
     """After a reorder every row goes on as the sequence that it became a copy of."""
     inputs, p, cache = make_inputs(case), case.problem, make_cache(case)
@@ -268,22 +277,3 @@ def reorder_equals_fresh(case: Case) -> list[Comparison]:
     out = feed(cache, joined, half, chunk_sizes(p.seq_len - half))
     expected = oracle(case, joined)["out"]
     return [compare("out", out, Bounded(*(x[:, :, half:] for x in expected)))]
-
-
-CHECKS: dict[str, Callable[[Case], list[Comparison]]] = {
-    check.__name__: check
-    for check in (
-        forward_equals_oracle,
-        backward_equals_oracle,
-        sequences_equal_alone,
-        causality,
-        partition,
-        bitwise_repeat,
-        isolation,
-        schedule_is_used,
-        decode_equals_prefill,
-        crop_equals_fresh,
-        reorder_equals_fresh,
-    )
-}
-"""Every check by its name."""

@@ -18,9 +18,9 @@ from ..kernels.tunable import Config, Schedule
 from ..problem import Problem
 from ..profiles.configs import as_config, source_hash, tunables
 from .cases import Case
-from .checks import CHECKS
 from .child import ChildFailedError, call_in_child
 from .inputs import poisoned_memory
+from .registry import checks
 from .tolerance import Comparison
 
 SUITE = "config/1"
@@ -110,7 +110,7 @@ def run_cases(kernel: str, config: Config, problem: Problem, device: str) -> Evi
         dtypes.add(case.problem.dtype)
         try:
             with poisoned_memory():
-                comparisons = CHECKS[check](case)
+                comparisons = checks()[check](case)
         except Exception as error:  # whatever a candidate raises speaks against it
             found = f"{type(error).__name__}: {error}"
             return _evidence(kernel, mode, count, math.inf, f"{check} of {case.problem}: {found}")
@@ -141,14 +141,14 @@ def small_cases(kernel: str, config: Config, problem: Problem, device: str) -> I
                 seed=SEED + number,
                 schedule=Schedule({kernel: config}),
             )
-            checks = CHECKS_OF[kernel]
-            yield checks[0], case
+            first, *others = CHECKS_OF[kernel]
+            yield first, case
             if number == 1:
-                yield checks[0], replace(case, family="rising")
-                yield from ((check, case) for check in checks[1:])
+                yield first, replace(case, family="rising")
+                yield from ((check, case) for check in others)
             if number == 2:
                 lengths = (0, small.seq_len - small.seq_len // 3 - 1, 1, small.seq_len // 3)
-                yield checks[0], replace(case, lengths=lengths)
+                yield first, replace(case, lengths=lengths)
 
 
 def _shapes(kernel: str, config: Config, problem: Problem) -> Iterator[dict[str, Any]]:

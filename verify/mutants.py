@@ -20,9 +20,9 @@ from ..kernels.forward import ForwardConfig
 from ..kernels.tunable import Schedule
 from ..problem import Problem
 from .cases import Case, same_tiles
-from .checks import CHECKS
 from .child import call_in_child
 from .inputs import poisoned_memory
+from .registry import checks
 
 PACKAGE = __name__.partition(".")[0]
 NEEDED = ("kernels", "verify", "profiles")
@@ -202,7 +202,7 @@ def failures(name: str) -> list[str]:
     """The comparisons that fail when the check of mutant `name` runs on this process's package."""
     mutant = EIGHT[name]
     with poisoned_memory():
-        return [str(comparison) for comparison in CHECKS[mutant.check](mutant.case) if not comparison.ok]
+        return [str(comparison) for comparison in checks()[mutant.check](mutant.case) if not comparison.ok]
 
 
 def judge(name: str) -> Verdict:
