@@ -40,6 +40,7 @@ while True:
 """
 BOOT_LIMIT_S = 180.0
 """A child that is not ready by then (importing PyTorch on a busy machine) never will be."""
+PATIENCE_S = 5.0
 
 Failure = Literal["raised", "crashed", "hung"]
 
@@ -63,6 +64,7 @@ class Child:
     def __init__(self, *, interpret: bool, source: Path | None = None) -> None:
         self._interpret, self._source = interpret, source
         self._process: subprocess.Popen[bytes] | None = None
+        self._busy = self._killed = False
 
     def __enter__(self) -> Child:
         return self
@@ -80,25 +82,35 @@ class Child:
         if self._process is None:
             self._start()
         request = json.dumps([function.__module__, function.__name__, argument])
+        self._busy = True
         try:
             self._pipe.send_bytes(request.encode())
         except BrokenPipeError:
             raise self._lost() from None
         answer = json.loads(self._receive(timeout_s))
+        self._busy = False
         if "error" in answer:
             raise ChildFailedError(answer["error"], "raised")
         return answer["value"]
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all that it started; between two calls it is given the time to clean up."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         self._pipe.close()
+        if not self._busy:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE_S)
+        _kill_group(self._process)
+        self._process.wait()
         self._errors.close()
         self._process = None
+
+    def kill(self) -> None:
+        """End the process for good, from any thread; a call that waits for it, and every later one, fails."""
+        self._killed = True
+        if (process := self._process) is not None:
+            _kill_group(process)
 
     def _start(self) -> None:
         self._pipe, theirs = Pipe()
@@ -111,6 +123,9 @@ class Child:
             stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors,
         )  # fmt: skip
         theirs.close()
+        self._busy = True
+        if self._killed:
+            self.kill()
         self._receive(BOOT_LIMIT_S)
 
     def _receive(self, timeout_s: float) -> bytes:
@@ -132,6 +147,11 @@ class Child:
         if code < 0:
             return ChildFailedError(f"killed by {signal.Signals(-code).name}: {said}")
         return ChildFailedError(f"exit code {code}{': ' + said if said else ''}")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def call_in_child(

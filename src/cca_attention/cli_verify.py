@@ -1,0 +1,193 @@
+"""The command `cca-verify`. Words go to stderr, results to stdout; options are checked before anything is begun."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .verify.record import Record
+    from .verify.units import Unit
+
+OK, USAGE, BROKEN, INTERRUPTED = 0, 5, 4, 130
+LAYERS = ("L0", "L1", "L2", "L3", "L4", "L5", "L6")
+EPILOG = """Examples: cca-verify --json R.json && cca-verify report R.json --output R.html;
+cca-verify --profile a100-80gb.yaml; cca-verify --layer L0 --layer L2 --list
+
+Exit codes: 0 every check that ran passed; 1 a numerical or property failure; 2 a planted mistake survived; 3 a
+time-out or crash; 4 the baseline or the environment is broken; 5 configuration: wrong usage, a check missing or skipped
+without leave, a mutant that no longer applies, or nothing ran; 130 interrupted, the record is incomplete."""
+
+
+class Refused(Exception):
+    """A request that cannot be carried out: one line for the user and the exit code."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _file(option: str, description: str) -> Any:
+    return typer.Option(option, metavar="FILE", help=description)
+
+
+@app.callback(invoke_without_command=True, epilog=EPILOG)
+def verify(
+    context: typer.Context,
+    layer: Annotated[list[str] | None, typer.Option("--layer", metavar="L0..L6", help="Only this; repeatable.")] = None,
+    profile: Annotated[Path | None, _file("--profile", "Check each config of a profile; alone, nothing else.")] = None,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="auto|none", help="Whether to use the GPU at hand.")] = "auto",
+    json_path: Annotated[Path | None, _file("--json", "Where to write the record.")] = None,
+    junit: Annotated[Path | None, _file("--junit", "Where to write JUnit XML.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Statistical suspicions fail.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random examples.")] = 0,
+    examples: Annotated[int | None, typer.Option("--examples", metavar="N", help="Random examples a property.")] = None,
+    budget_scale: Annotated[float, typer.Option("--budget-scale", metavar="X", help="Times the time budgets.")] = 1.0,
+    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Worker processes at a time.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the ids of the checks, and run none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the verdict.")] = False,
+    ci: Annotated[str, typer.Option(envvar="CI", hidden=True)] = "",
+) -> int:
+    """Decide whether kernels, configs and an upgrade of Triton may ship: run the layers of checks and give a verdict.
+
+    Without a GPU the kernels run in Triton's interpreter, and what needs a GPU is reported as not run.
+    """
+    if context.invoked_subcommand is not None:
+        return OK
+    _check_numbers(jobs=jobs, examples=examples, budget_scale=budget_scale, gpu=gpu)
+    for option, path in (("--json", json_path), ("--junit", junit)):
+        _check_output(option, path)
+    layers = _layers(layer, profile)
+    units = _units(layers, profile, strict=strict, seed=seed, examples=examples)
+    if listed:
+        typer.echo("\n".join(unit.id for unit in units))
+        return OK
+    record = _run(
+        units, layers, use_gpu=gpu == "auto", jobs=jobs, quiet=quiet,
+        settings={"seed": seed, "examples": examples, "budget_scale": budget_scale, "strict": strict, "ci": bool(ci)},
+    )  # fmt: skip
+    return _conclude(record, json_path, junit)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `cca-verify`; ends the process with its exit code."""
+    sys.exit(_guarded(arguments))
+
+
+def _guarded(arguments: Sequence[str] | None) -> int:
+    # typer keeps click's exceptions in different places from version to version
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    try:
+        return int(app(arguments, prog_name="cca-verify", standalone_mode=False) or OK)
+    except usage_error as error:
+        return _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
+    except Refused as error:
+        return _fail(str(error), error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted before anything was begun", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"cca-verify: {message}", err=True)
+    return code
+
+
+def _check_numbers(*, jobs: int | None, examples: int | None, budget_scale: float, gpu: str) -> None:
+    if gpu not in ("auto", "none"):
+        raise Refused(f"--gpu must be one of auto, none, got {gpu!r}")
+    for option, number in (("--jobs", jobs), ("--examples", examples)):
+        if number is not None and number < 1:
+            raise Refused(f"{option} must be at least 1, got {number}")
+    if not 0 < budget_scale < float("inf"):
+        raise Refused(f"--budget-scale must be a number above 0, got {budget_scale}")
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise Refused(f"{option} {path} is a directory")
+    if not path.parent.is_dir():
+        raise Refused(f"{option} {path}: there is no directory {path.parent}")
+
+
+def _layers(chosen: list[str] | None, profile: Path | None) -> tuple[str, ...]:
+    if unknown := [name for name in chosen or () if name not in LAYERS]:
+        raise Refused(f"--layer must be one of {', '.join(LAYERS)}, got {unknown[0]!r}")
+    if chosen:
+        return tuple(name for name in LAYERS if name in chosen)
+    return LAYERS if profile is None else ()
+
+
+def _units(layers: tuple[str, ...], profile: Path | None, **options: Any) -> list[Unit]:
+    from .profiles.store import ProfileError, load_profile
+    from .verify.layers import plan, profile_units
+
+    units = []
+    if profile is not None:
+        try:
+            units += profile_units(load_profile(profile))
+        except ProfileError as error:
+            raise Refused(f"--profile: {error}") from error
+    return [*units, *plan(layers, **options)]
+
+
+def _run(
+    units: list[Unit],
+    layers: tuple[str, ...],
+    *,
+    use_gpu: bool,
+    jobs: int | None,
+    quiet: bool,
+    settings: dict[str, Any],
+) -> Record:
+    """Run the units and make the record; Ctrl-C ends it early, and the record says so."""
+    from rich.console import Console
+
+    from .ci.verdict import read_allowed, read_expected
+    from .verify.session import Session
+
+    words = Console(stderr=True, quiet=quiet)
+    session = Session(
+        units, layers, use_gpu=use_gpu, jobs=jobs, settings=settings, expected=read_expected(),
+        allowed_skips=read_allowed(),
+    )  # fmt: skip
+    words.print(session.announcement(), markup=False, highlight=False, soft_wrap=True)
+    return session.run(words)
+
+
+def _conclude(record: Record, json_path: Path | None, junit: Path | None) -> int:
+    import json
+
+    from .ci.verdict import complaints, exit_code
+    from .verify.junit import as_junit
+    from .verify.record import as_json, write
+
+    text = as_json(record)
+    if json_path is not None:
+        write(json_path, text)
+    if junit is not None:
+        write(junit, as_junit(record))
+    typer.echo(summary(record))
+    code = record.footer.exit_code
+    rederived = exit_code(complaints(json.loads(text), record.header.expected))
+    if record.complete and rederived != code:
+        return _fail(f"the verdict {code} is {rederived} when derived from the record: one of the two is wrong", BROKEN)
+    return code
+
+
+def summary(record: Record) -> str:
+    """The last lines of a run: counts, and the verdict."""
+    numbers = ", ".join(f"{n} {status}" for status, n in record.footer.counts.items() if n)
+    return f"{numbers} in {record.footer.duration_s:.0f} s\nverdict {record.footer.exit_code}: {record.footer.verdict}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The layers L0 to L6: which units each has. Nothing is run here, so that a plan can be shown and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..kernels.tunable import Config
+from ..problem import Problem
+from ..profiles.configs import tunables
+from ..profiles.schema import Entry, Profile
+from . import gate
+from .foundations import FOUNDATIONS
+from .registry import Check, checks
+from .shapes import FEW, fixed_names
+from .units import Unit
+
+INTERPRETED = ("float32", "float64", "float16")
+COMPILED = ("bfloat16", "float16", "float32")
+TITLES = {
+    "L0": "integers, and two oracles that agree",
+    "L1": "oracle and eager path",
+    "L2": "kernels in the interpreter",
+    "L3": "kernels under the shadow checker; every config",
+    "L4": "the cache's state machine",
+    "L5": "planted mistakes",
+    "L6": "on the GPU",
+}
+BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
+"""Seconds that a layer may take on two cores; L6 on a GPU machine."""
+PLAIN = ("forward_equals_oracle", "backward_equals_oracle", "decode_equals_prefill")
+
+
+def plan(layers: tuple[str, ...], *, strict: bool = False, seed: int = 0, examples: int | None = None) -> list[Unit]:
+    """The units of these layers, in order."""
+    return [replace(unit, strict=strict) for layer in layers for unit in LAYERS[layer]()]
+
+
+def _l0() -> Iterator[Unit]:
+    for name in FOUNDATIONS:
+        if name != "oracle_gradcheck":
+            yield Unit(id=f"L0/{name}", layer="L0", check=name, runner="foundation", place="host", mode="host")
+
+
+def _l1() -> Iterator[Unit]:
+    yield Unit(
+        id="L1/oracle_gradcheck", layer="L1", check="oracle_gradcheck", runner="foundation", place="host", mode="eager"
+    )
+    for check in checks().values():
+        if check.name != "schedule_is_used":  # the eager path has no schedule
+            for dtype in ("float64", "bfloat16"):
+                yield _check_unit(
+                    "L1", check, dtype, "host", "eager", _cases_of(check, dtype, "float64"), backend="eager"
+                )
+
+
+def _l2() -> Iterator[Unit]:
+    for check in checks().values():
+        for dtype in INTERPRETED:
+            yield _check_unit("L2", check, dtype, "interpreter", "interpreter", _cases_of(check, dtype, "float32"))
+
+
+def _l3() -> Iterator[Unit]:
+    for name in PLAIN:
+        yield _check_unit("L3", checks()[name], "float32", "interpreter", "interpreter", FEW, runner="shadowed")
+    yield from _configs("L3", "float32", "interpreter")
+
+
+def _l4() -> Iterator[Unit]:
+    for name in ("decode_equals_prefill", "crop_equals_fresh", "reorder_equals_fresh"):
+        yield _check_unit("L4", checks()[name], "float32", "interpreter", "interpreter", ("base", "mean_kv_cores"))
+
+
+def _l5() -> Iterator[Unit]:
+    from .mutants import MUTANTS
+
+    for name, planted in MUTANTS.items():
+        yield Unit(
+            id=f"L5/{planted.id}/{name}", layer="L5", check=planted.check, runner="mutant", place="host",
+            mode="interpreter", dtype=planted.case.problem.dtype, arguments={"mutant": name},
+        )  # fmt: skip
+
+
+def _l6() -> Iterator[Unit]:
+    for check in checks().values():
+        for dtype in COMPILED:
+            yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
+    yield from _configs("L6", "bfloat16", "gpu")
+
+
+LAYERS: dict[str, Callable[[], Iterator[Unit]]] = {
+    "L0": _l0, "L1": _l1, "L2": _l2, "L3": _l3, "L4": _l4, "L5": _l5, "L6": _l6,
+}  # fmt: skip
+
+
+def _cases_of(check: Check, dtype: str, widest: str) -> tuple[str, ...]:
+    """The fixed cases of a check: all for the comparison with the oracle, in one dtype; few elsewhere."""
+    if check.name == "sequences_equal_alone":
+        return ("packed", "padded")
+    if check.name in PLAIN[:2]:
+        return tuple(fixed_names()) if dtype == widest else (*FEW, "packed", "padded")
+    return ("base", "window_below_a_group", "kv_cores") if dtype == widest else ("base",)
+
+
+def _check_unit(
+    layer: str, check: Check, dtype: str, place: Any, mode: Any, cases: tuple[str, ...], *, runner: str = "check",
+    **options: Any,
+) -> Unit:  # fmt: skip
+    prefix = "shadow/" if runner == "shadowed" else ""
+    return Unit(
+        id=f"{layer}/{prefix}{check.name}/{dtype}", layer=layer, check=check.name, runner=runner, place=place,
+        mode=mode, properties=check.properties, direction=check.direction, dtype=dtype,
+        arguments={"cases": cases, **options},
+    )  # fmt: skip
+
+
+def _configs(layer: str, dtype: str, place: Any) -> Iterator[Unit]:
+    """A unit for each choice of tiles of each kernel: the interpreter knows no warps or stages, a GPU gets them all."""
+    problem = Problem(**{**gate.STANDARD, "dtype": dtype})
+    for kernel, tunable in tunables().items():
+        groups: dict[str, list[Config]] = {}
+        for config, refusal in tunable.candidates(problem):
+            if refusal is None:
+                groups.setdefault(_tiles(config), []).append(config)
+        check = checks()[gate.CHECKS_OF[kernel][0]]
+        for tiles, configs in groups.items():
+            kept = configs if place == "gpu" else configs[:1]
+            yield Unit(
+                id=f"{layer}/config/{kernel}/{tiles}", layer=layer, check=check.name, runner="config", place=place,
+                mode=place, direction=check.direction, kernel=kernel, dtype=dtype,
+                arguments={
+                    "configs": [asdict(config) for config in kept], "cases": ("base",),
+                    "device": "cuda" if place == "gpu" else "cpu",
+                },
+            )  # fmt: skip
+
+
+def _tiles(config: Config) -> str:
+    fields = {name: value for name, value in asdict(config).items() if name not in ("num_warps", "num_stages")}
+    return "-".join(f"{name}{value}" for name, value in fields.items())
+
+
+def profile_units(profile: Profile) -> list[Unit]:
+    """A unit for each entry of a profile: the gate, as the tuner runs it."""
+    return [_profile_unit(entry) for entry in profile.entries]
+
+
+def _profile_unit(entry: Entry) -> Unit:
+    return Unit(
+        id=f"profile/{entry.kernel}/{entry.problem}", layer="profile", check="check_config", runner="profile_entry",
+        place="host", mode="interpreter", kernel=entry.kernel, dtype=entry.problem.dtype,
+        limit_s=gate.TIMEOUT_S + 60.0, estimate_s=30.0,
+        arguments={"config": dict(entry.config), "problem": entry.problem.as_dict()},
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Units: what a run of `cca-verify` is made of. Each has an id, runs alone in a worker process and gives one result."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from .cases import Case
+from .record import Mode, Result, Trouble, result_as_dict
+from .tolerance import Comparison
+
+Place = Literal["host", "interpreter", "gpu"]
+Evaluated = Iterable[tuple[Case | None, list[Comparison]]]
+SUSPICIONS = ("statistical", "bias", "peer")
+"""Levels of comparisons that warn, and fail a strict run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One check of one kind.
+
+    `runner` is the name of a function in RUNNERS and `arguments` what it gets; `place` the kind of process it needs;
+    `limit_s` after how many seconds the process is killed, `estimate_s` about how long it takes.
+    """
+
+    id: str
+    layer: str
+    check: str
+    runner: str
+    place: Place
+    mode: Mode
+    properties: tuple[str, ...] = ()
+    direction: str = ""
+    kernel: str = ""
+    dtype: str = ""
+    strict: bool = False
+    limit_s: float = 300.0
+    estimate_s: float = 5.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def blank(self, **values: Any) -> Result:
+        """A result of this unit with these fields."""
+        names = ("id", "layer", "check", "mode", "properties", "direction", "kernel", "dtype")
+        return Result(**{**{name: getattr(self, name) for name in names}, **values})
+
+
+Runner = Callable[[Unit], Result]
+RUNNERS: dict[str, Runner] = {}
+"""Entered by `runner`; the modules that define them are imported by `run_unit`."""
+
+
+def runner(function: Runner) -> Runner:
+    """Decorator that enters a function in RUNNERS."""
+    RUNNERS[function.__name__] = function
+    return function
+
+
+def judge(unit: Unit, evaluated: Evaluated) -> Result:
+    """The result of comparisons, up to and with the first case that failed."""
+    cases, seen, empty = 0, 0, True
+    worst: tuple[float, Case | None, Comparison | None] = (-1.0, None, None)
+    warnings: list[str] = []
+    for case, comparisons in evaluated:
+        cases += 1
+        for comparison in comparisons:
+            seen += 1
+            empty = empty and comparison.empty
+            use = math.inf if math.isnan(comparison.budget_use) else comparison.budget_use
+            if use > worst[0] and _level(comparison) not in SUSPICIONS:
+                worst = use, case, comparison
+            if not comparison.ok and _level(comparison) in SUSPICIONS:
+                warnings.append(f"{comparison} of {_shape(case)}")
+            elif not comparison.ok:
+                return _described(unit, case, comparison, cases, seen, warnings)
+    if empty or worst[2] is None:
+        return unit.blank(status="fail", cases=cases, comparisons=seen, message="compared nothing")
+    return _described(unit, worst[1], worst[2], cases, seen, warnings)
+
+
+def _described(
+    unit: Unit, case: Case | None, comparison: Comparison, cases: int, seen: int, warnings: list[str]
+) -> Result:
+    failed = not comparison.ok or (unit.strict and bool(warnings))
+    message = str(comparison) if not comparison.ok else warnings[0] if failed else ""
+    described = unit.blank(
+        status="fail" if failed else "pass", cases=cases, comparisons=seen, message=message, warnings=tuple(warnings),
+        budget_use=comparison.budget_use, tensor=comparison.name, worst_index=comparison.worst_index,
+        level=_level(comparison), max_abs_error=getattr(comparison, "max_abs_error", None),
+        max_rel_error=getattr(comparison, "max_rel_error", None), bias_z=getattr(comparison, "bias_z", None),
+    )  # fmt: skip
+    return described if case is None else replace(described, **of_case(case))
+
+
+def _level(comparison: Comparison) -> str:
+    return getattr(comparison, "level", "rigorous")
+
+
+def of_case(case: Case) -> dict[str, Any]:
+    """The fields of a result that say which case it was."""
+    schedule = {name: asdict(config) for name, config in (case.schedule or {}).items()}
+    return {
+        "shape": str(case.problem), "case": repr(case), "seed": case.seed, "dtype": case.problem.dtype,
+        "config": schedule or None,
+    }  # fmt: skip
+
+
+def _shape(case: Case | None) -> str:
+    return "" if case is None else f"{case.problem}, {case.family}"
+
+
+def run_unit(values: dict[str, Any]) -> dict[str, Any]:
+    """The result of a unit, both as JSON, in a worker process; an exception is a result too."""
+    from . import runners  # noqa: F401 enters the runners
+
+    unit = Unit(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    started = time.monotonic()
+    try:
+        result = RUNNERS[unit.runner](unit)
+    except Exception as error:
+        result = failed(unit, "exception", " ".join("".join(traceback.format_exception_only(error)).split()))
+        result = replace(result, facts={"where": traceback.format_exc(limit=-4)})
+    return result_as_dict(replace(result, duration_s=time.monotonic() - started))
+
+
+def failed(unit: Unit, trouble: Trouble, message: str) -> Result:
+    """The result of a unit that came to no result."""
+    return unit.blank(status="error", trouble=trouble, message=message)
