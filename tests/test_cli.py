@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def test_a_run_whose_kernel_is_wrong_writes_nothing(
 
 def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Path) -> None:
     options = ["--gpu", "a100", "--ctx", "4096", "--kernels", "pooling", "--cache-dir", str(tmp_path), "--jobs", "1"]
-    run = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True)
+    # a shell starts background jobs with this signal ignored, and children inherit that: pytest may be in one
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run = subprocess.Popen([*COMMAND, *options], stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     journal = tmp_path / "journal.jsonl"
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and '"compile"' not in (journal.read_text() if journal.exists() else ""):

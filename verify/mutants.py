@@ -1,178 +1,167 @@
 """Faults planted in our own sources, to prove that the checks can fail.
 
-A mutant is a replacement in the text of one source file, so that it cannot drift away from the code: one that no
-longer applies is an error. It runs in a child process, on a copy of the package with that file changed, and has to be
-seen by the check that it names. The eight mistakes of spec.md section 8 are the first of them.
+Each mutant is judged on a copy of the package with its patches applied, in a process of its own, by the check that it
+names; before, the same checks have to pass on an unpatched copy. The faults are listed in docs/mutants.md. They are
+judged in Triton's interpreter on every machine: most faults are of logic, and a GPU would hide some of them.
 """
 
 from __future__ import annotations
 
+import compileall
 import importlib
+import json
+import math
+import py_compile
 import shutil
+import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+import triton
 
-from ..kernels.forward import ForwardConfig
-from ..kernels.tunable import Schedule
-from ..problem import Problem
-from .cases import Case, same_tiles
-from .child import call_in_child
+from . import mutants_fork
+from .child import ChildFailedError
 from .inputs import poisoned_memory
+from .interpreter import patch_language_once_per_launch
+from .mutant import Mutant, StaleError
+from .mutants_backward import BACKWARD
+from .mutants_cache import CACHE
+from .mutants_forward import FORWARD
+from .mutants_gate import GATE
+from .mutants_layout import LAYOUT
+from .mutants_published import EIGHT
+from .mutants_trials import TRIALS
 from .registry import checks
+from .tolerance import Comparison
 
 PACKAGE = __name__.partition(".")[0]
-NEEDED = ("kernels", "verify", "profiles")
-"""The sub-packages that the checks load; they may lie elsewhere than the package itself."""
-TIMEOUT_S = 300.0
+NEEDED = ("kernels", "verify", "profiles", "autotune")
+"""The sub-packages that checks and trials load; they may lie elsewhere than the package itself."""
+TIMEOUT_S = 60.0
 
+MUTANTS: dict[str, Mutant] = EIGHT | FORWARD | LAYOUT | BACKWARD | CACHE | GATE
+"""Every mutant by name."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutant:
-    """One planted fault.
-
-    Args:
-        mistake: number in spec.md section 8.
-        says: what is wrong.
-        module: where, below the package; `old`, which must be there once, becomes `new`.
-        check: the name of the check that has to see it, on `case`.
-    """
-
-    mistake: int
-    says: str
-    module: str
-    old: str
-    new: str
-    check: str
-    case: Case
+Outcome = Literal["killed", "survived", "stale", "baseline", "failed"]
+EXIT_CODES: dict[Outcome, int] = {"killed": 0, "survived": 2, "failed": 3, "baseline": 4, "stale": 5}
+"""Of the command, for the worst outcome of a mutant, which has the highest number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the check of a mutant saw it; `seen` are the comparisons that failed."""
+    """What became of one mutant.
 
-    killed: bool
-    seen: tuple[str, ...]
+    `outcome`: "killed" by its check; "survived" it; "stale", it no longer applies; "baseline", the check fails without
+    it as well; "failed", the patched package does not run, which proves nothing of the check. `seen`: the comparisons
+    that failed. `budget_use`: the largest finite error over its bound among them, None if none is finite. `error`: of
+    every outcome but the first two.
+    """
+
+    name: str
+    id: str
+    family: str
+    says: str
+    check: str
+    outcome: Outcome
+    seen: tuple[str, ...] = ()
+    budget_use: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def killed(self) -> bool:
+        """Whether the check saw it."""
+        return self.outcome == "killed"
 
 
-def _case(
-    *, dtype: str = "float32", schedule: Schedule | None = None, case: dict[str, Any] | None = None, **problem: Any
-) -> Case:
-    shape: dict[str, Any] = {
-        "batch": 2, "q_heads": 2, "kv_heads": 2, "seq_len": 29, "head_dim": 16, "group_size": 4, "window_size": 6,
-    }  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tiles = same_tiles(16, 16) if schedule is None else schedule
-    return Case(problem=Problem(**{**shape, "dtype": dtype, **problem}), schedule=tiles, device=device, **(case or {}))
+# --- in the copy ------------------------------------------------------------------------------------------------------
 
 
-EIGHT: dict[str, Mutant] = {
-    "truncated_division_shows_core_0": Mutant(
-        mistake=1,
-        says="// truncates toward zero: rows w .. w+g-2 see core 0",
-        module="kernels/primitives.py",
-        old="return tl.maximum(position + 1 - WINDOW_SIZE, 0) // GROUP_SIZE",
-        new="return tl.maximum((position + 1 - WINDOW_SIZE - GROUP_SIZE) // GROUP_SIZE + 1, 0)",
-        check="partition",
-        case=_case(group_size=5, window_size=3, head_dim=32),
-    ),
-    "window_in_whole_groups": Mutant(
-        mistake=2,
-        says="where g does not divide w, rows lose tokens or count them twice",
-        module="kernels/primitives.py",
-        old="return visible_cores(position, GROUP_SIZE, WINDOW_SIZE) * GROUP_SIZE",
-        new="return tl.maximum((position + 1) // GROUP_SIZE - WINDOW_SIZE // GROUP_SIZE, 0) * GROUP_SIZE",
-        check="partition",
-        case=_case(head_dim=32),
-    ),
-    "strides_of_k_and_v_exchanged": Mutant(
-        mistake=3,
-        says="right only where k and v have the same strides",
-        module="kernels/forward.py",
-        old="q.stride(), k.stride(), v.stride(), k_core.stride(), out.stride(), lse.stride(),",
-        new="q.stride(), v.stride(), k.stride(), k_core.stride(), out.stride(), lse.stride(),",
-        check="forward_equals_oracle",
-        case=_case(case={"layout": "different"}),
-    ),
-    "backward_of_whole_core_tiles": Mutant(
-        mistake=4,
-        says="the number of cores must be a multiple of the tile",
-        module="kernels/backward_dkv.py",
-        old="end_c = tl.minimum(first_c + BLOCK_C, length // GROUP_SIZE)",
-        new="end_c = tl.minimum(first_c + BLOCK_C, length // GROUP_SIZE // BLOCK_C * BLOCK_C)",
-        check="backward_equals_oracle",
-        case=_case(seq_len=41, group_size=2),
-    ),
-    "training_rounds_the_number_of_groups": Mutant(
-        mistake=5,
-        says="training has another window than inference",
-        module="attention.py",
-        old="    packed = cu_seqlens is not None\n",
-        new="    packed = cu_seqlens is not None\n"
-        "    groups = max(0, q.shape[2] - window_size) // group_size // 4 * 4\n"
-        "    window_size = max(window_size, q.shape[2] - groups * group_size)\n",
-        check="decode_equals_prefill",
-        case=_case(),
-    ),
-    "group_0_pooled_again": Mutant(
-        mistake=6,
-        says="decode pools the first group whenever a group is complete",
-        module="kernels/decode.py",
-        old="tokens = core * GROUP_SIZE + offs_t",
-        new="tokens = offs_t",
-        check="decode_equals_prefill",
-        case=_case(),
-    ),
-    "padding_ignored": Mutant(
-        mistake=7,
-        says="padding takes part as if it were tokens",
-        module="attention.py",
-        old="return Sequences.padded(bounds.clamp(0, q.shape[2]))",
-        new="return Sequences.dense(q.shape[0])",
-        check="forward_equals_oracle",
-        case=_case(case={"bounds": ((0, 20), (9, 29))}),
-    ),
-    "several_tokens_a_step_see_alike": Mutant(
-        mistake=7,
-        says="all tokens of a step see what the last one sees",
-        module="kernels/decode.py",
-        old="position = seen + index",
-        new="position = seen + NUM_NEW - 1 + 0 * index",
-        check="decode_equals_prefill",
-        case=_case(),
-    ),
-    "reorder_forgets_the_cores": Mutant(
-        mistake=7,
-        says="beam search moves the raw tokens and not the cores",
-        module="cache_state.py",
-        old="for storage, axis in ((self.core, 1), (self.raw, 1), (self.seen, 0)):",
-        new="for storage, axis in ((self.raw, 1), (self.seen, 0)):",
-        check="reorder_equals_fresh",
-        case=_case(),
-    ),
-    "tiles_that_no_config_changes": Mutant(
-        mistake=8,
-        says="32 x 32 tiles whatever the config says",
-        module="kernels/forward.py",
-        old="        **config.launch_args(),\n",
-        new="        **{**config.launch_args(), 'BLOCK_Q': 32, 'BLOCK_K': 32},\n",
-        check="schedule_is_used",
-        case=_case(seq_len=61, schedule=Schedule({"forward": ForwardConfig(block_q=16, block_k=16)})),
-    ),
-    "float32_through_float16": Mutant(
-        mistake=8,
-        says="float32 is computed in half precision",
-        module="kernels/primitives.py",
-        old="acc = tl.dot(probs.to(v.dtype), v, acc=acc,",
-        new="acc = tl.dot(probs.to(tl.float16), v.to(tl.float16), acc=acc,",
-        check="forward_equals_oracle",
-        case=_case(),
-    ),
-}
-"""The eight mistakes of spec.md section 8; the seventh is three, the eighth two."""
+def failures(name: str) -> list[dict[str, Any]]:
+    """The comparisons that fail when the check of mutant `name` runs on this process's package, in the interpreter.
+
+    Raises:
+        RuntimeError: outside of the interpreter, or if the check compared nothing.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("mutants are judged in the interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    patch_language_once_per_launch()
+    mutant = MUTANTS[name]
+    with poisoned_memory():
+        found = killers()[mutant.check](mutant.case)
+    if not found:
+        raise RuntimeError(f"{mutant.check} compared nothing")
+    return [asdict(comparison) for comparison in found if not comparison.ok]
+
+
+def killers() -> Mapping[str, Callable[..., list[Comparison]]]:
+    """Every check and trial that a mutant can name."""
+    return {**checks(), **TRIALS}
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+
+
+class Forks:
+    """Calls functions of copies of the package in forks of a process that has imported torch and triton."""
+
+    def __init__(self, folder: Path) -> None:
+        # triton reads this variable when it is imported: it has to be there from the start
+        command = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", Path(mutants_fork.__file__).read_text()]
+        self._words = folder / "words"
+        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def call(self, function: Callable[[Any], Any], argument: Any, *, source: Path, timeout_s: float = TIMEOUT_S) -> Any:
+        """``function(argument)``, all of it JSON, with the copy of the package in `source`.
+
+        Raises:
+            ChildFailedError: if the fork raised, crashed or took longer than `timeout_s`.
+        """
+        job = {
+            "source": str(source), "module": function.__module__, "function": function.__name__, "argument": argument,
+            "timeout_s": timeout_s, "words": str(self._words),
+        }  # fmt: skip
+        assert self._parent.stdin is not None and self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(job) + "\n")
+        self._parent.stdin.flush()
+        reply = json.loads(self._parent.stdout.readline())
+        if reply["late"]:
+            raise ChildFailedError(f"no result within {timeout_s:g} s")
+        if reply["code"] < 0:
+            raise DiedError(f"killed by signal {-reply['code']}")
+        if reply["code"]:
+            words = self._words.read_text(errors="replace").strip().splitlines()
+            raise ChildFailedError(" | ".join(words[-3:]))
+        return json.loads(reply["reply"])
+
+    def close(self) -> None:
+        """End the process."""
+        self._parent.communicate()
+
+
+class DiedError(ChildFailedError):
+    """A fork was ended by a signal."""
+
+
+@contextmanager
+def workshop() -> Iterator[tuple[Forks, Path]]:
+    """Forks, and a folder with a compiled copy of the package; both are gone at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        original = Path(folder) / "original"
+        # by the hash of its source: the time stamp of a patched file may be that of the original
+        mode = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(copy_package(original), quiet=2, invalidation_mode=mode)
+        forks = Forks(Path(folder))
+        try:
+            yield forks, original
+        finally:
+            forks.close()
 
 
 def copy_package(into: Path) -> Path:
@@ -185,36 +174,100 @@ def copy_package(into: Path) -> Path:
     return root
 
 
-def plant(mutant: Mutant, root: Path) -> None:
-    """Change the copy of the package at `root`.
+@contextmanager
+def planted(mutant: Mutant, original: Path) -> Iterator[Path]:
+    """A folder with a copy of the package in `original` with the mutant in it.
 
     Raises:
-        ValueError: if the mutant no longer applies: its text must be in the file exactly once.
+        StaleError: if the mutant no longer applies.
     """
-    path = root / mutant.module
-    text = path.read_text()
-    if (count := text.count(mutant.old)) != 1:
-        raise ValueError(f"the mutant that replaces {mutant.old!r} is stale: {mutant.module} has it {count} times")
-    path.write_text(text.replace(mutant.old, mutant.new))
+    with tempfile.TemporaryDirectory(dir=original.parent) as folder:
+        shutil.copytree(original, folder, dirs_exist_ok=True)
+        for patch in mutant.patches:
+            patch.apply(Path(folder) / PACKAGE)
+        yield Path(folder)
 
 
-def failures(name: str) -> list[str]:
-    """The comparisons that fail when the check of mutant `name` runs on this process's package."""
-    mutant = EIGHT[name]
-    with poisoned_memory():
-        return [str(comparison) for comparison in checks()[mutant.check](mutant.case) if not comparison.ok]
+class Judge:
+    """Judges mutants with the `Forks` and the copy of a `workshop`; a baseline is taken once for each check and case."""
 
+    def __init__(self, forks: Forks, original: Path) -> None:
+        self.forks, self.original = forks, original
+        self._baselines: dict[Any, str] = {}
 
-def judge(name: str) -> Verdict:
-    """Plant mutant `name` in a copy of the package and run its check there.
-
-    Raises:
-        ValueError: if the mutant is stale.
-        ChildFailedError: if the changed package does not run, which proves nothing about the check.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        plant(EIGHT[name], copy_package(Path(folder)))
-        seen = call_in_child(
-            failures, name, interpret=not torch.cuda.is_available(), timeout_s=TIMEOUT_S, source=Path(folder)
+    def judge(self, name: str, mutant: Mutant) -> Verdict:
+        """Plant `mutant`, run its check and say what became of it; the check and the case are those of `name`."""
+        start = time.perf_counter()
+        verdict = Verdict(name, mutant.id, mutant.family, mutant.says, mutant.check, "survived")
+        try:
+            with planted(mutant, self.original) as source:
+                if wrong := self._baseline(name):
+                    return replace(verdict, outcome="baseline", error=wrong)
+                seen = self.forks.call(failures, name, source=source)
+        except StaleError as error:
+            return replace(verdict, outcome="stale", error=str(error))
+        except DiedError as error:
+            outcome: Outcome = "killed" if mutant.dies else "failed"
+            return replace(verdict, outcome=outcome, seen=(str(error),) if mutant.dies else (), error=str(error))
+        except ChildFailedError as error:
+            return replace(verdict, outcome="failed", error=str(error))
+        finite = [c["budget_use"] for c in seen if math.isfinite(c["budget_use"])]
+        return replace(
+            verdict,
+            outcome="killed" if seen else "survived",
+            seen=tuple(c["name"] for c in seen),
+            budget_use=max(finite, default=None),
+            seconds=time.perf_counter() - start,
         )
-    return Verdict(bool(seen), tuple(seen))
+
+    def _baseline(self, name: str) -> str:
+        """What the check of `name` finds wrong with the package as it is, empty if nothing."""
+        key = MUTANTS[name].check, repr(MUTANTS[name].case)
+        if key not in self._baselines:
+            try:
+                wrong = self.forks.call(failures, name, source=self.original)
+                self._baselines[key] = ", ".join(comparison["name"] for comparison in wrong)
+            except ChildFailedError as error:
+                self._baselines[key] = str(error)
+        return self._baselines[key]
+
+
+def judge_all(
+    names: Iterable[str] | None = None, *, on_result: Callable[[Verdict], None] | None = None
+) -> list[Verdict]:
+    """Judge the mutants `names` (default: all), which may be names or ids, and tell `on_result` of each as it is known.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    verdicts = []
+    with workshop() as (forks, original):
+        judge = Judge(forks, original)
+        for name in selected(names):
+            verdicts.append(judge.judge(name, MUTANTS[name]))
+            if on_result is not None:
+                on_result(verdicts[-1])
+    return verdicts
+
+
+def selected(names: Iterable[str] | None) -> list[str]:
+    """The names of the mutants that are called so or have such an id, all of them for None."""
+    if names is None:
+        return list(MUTANTS)
+    wanted = list(names)
+    known = {*MUTANTS, *(mutant.id for mutant in MUTANTS.values())}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no mutant has the name or id {', '.join(unknown)}; there are {', '.join(MUTANTS)}")
+    return [name for name, mutant in MUTANTS.items() if name in wanted or mutant.id in wanted]
+
+
+def run_mutants(
+    names: Iterable[str] | None = None, *, on_result: Callable[[Verdict], None] | None = None
+) -> list[dict[str, Any]]:
+    """`judge_all` as values for JSON."""
+    return [{**asdict(verdict), "killed": verdict.killed} for verdict in judge_all(names, on_result=on_result)]
+
+
+def exit_code(verdicts: Iterable[Verdict]) -> int:
+    """Of the command: that of the worst outcome, and 5 if nothing was judged."""
+    return max((EXIT_CODES[verdict.outcome] for verdict in verdicts), default=5)

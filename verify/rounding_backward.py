@@ -21,7 +21,7 @@ class Gradients(NamedTuple):
 
 def gradients(forward: ErrorModel, dout: Tensor, dlse: Tensor | None) -> Gradients:
     """Gradients of ``(out * dout).sum() + (lse * dlse).sum()``, bounded; dout [B, Hq, T, D], dlse [B, Hq, T]."""
-    return _Backward(forward, dout.detach().double(), None if dlse is None else dlse.detach().double()).run()
+    return Backward(forward, dout.detach().double(), None if dlse is None else dlse.detach().double()).run()
 
 
 def sum_heads(x: Tensor, heads: int) -> Tensor:
@@ -30,24 +30,32 @@ def sum_heads(x: Tensor, heads: int) -> Tensor:
     return total
 
 
-class _Backward:
-    """Spec section 4 on a finished `ErrorModel`: `Bounded` here is a value and the error it has so far."""
+class Backward:
+    """Spec section 4 on a finished `ErrorModel`: `Bounded` here is a value and the error it has so far.
+
+    `dprobs` [B, Hq, T, N] are the gradients of the probabilities, `mean_dprobs` [B, Hq, T, 1] is ``dout . out`` and
+    `delta` what the score gradients `ds` subtract, ``dout . out - dlse``; `dkeys` and `dvalues` [B, Hq, N, D] are the
+    gradients of [cores; raw tokens], of one query head each.
+    """
 
     def __init__(self, forward: ErrorModel, dout: Tensor, dlse: Tensor | None) -> None:
         self.f, self.p, self.dout = forward, forward.precision, dout
         self.dlse = torch.zeros_like(forward.lse.value) if dlse is None else dlse
-        self.dprobs = dout @ forward.values.mT  # [B, Hq, T, N]
+        self.dprobs = dout @ forward.values.mT
+        self.mean_dprobs = (forward.probs * self.dprobs).sum(-1, True)
+        self.delta = self.mean_dprobs - self.dlse[..., None]
         again = torch.expm1(forward.score_error + forward.lse.bound[..., None]) * forward.visible
         self.prob_error = forward.probs * again  # of the probabilities as the backward recomputes them
         self.ds = self._score_gradient()
         # of adding up what all queries of a key/value head give to each key
         rows = forward.visible.sum(0) * (forward.heads // forward.k.shape[1])
         self.adding = self.p.summing(rows)[:, None]  # [N, 1]
+        self.dkeys, self.dvalues = self._key_gradient(), self._value_gradient()
 
     def run(self) -> Gradients:
         """The gradients after their last store."""
         f, c, kv_heads = self.f, self.f.cores, self.f.k.shape[1]
-        dq, dkeys, dvalues = self._query_gradient(), self._key_gradient(), self._value_gradient()
+        dq, dkeys, dvalues = self._query_gradient(), self.dkeys, self.dvalues
         dk, dv = (self._heads(x, slice(c, None), kv_heads) for x in (dkeys, dvalues))
         parts = dq.value.abs()
         if c:
@@ -70,11 +78,10 @@ class _Backward:
         f, p, dout, dprobs = self.f, self.p, self.dout, self.dprobs
         core_error = f.core_product_error(dprobs, dout, f.value_rounding)
         dprobs_error = core_error + p.dot(f.head_dim) * (dout.abs() @ f.values.abs().mT)
-        out = (f.probs * dprobs).sum(-1, True)  # dout . out
-        moved = f.prob_error * (dprobs - out).abs() + p.cast * f.probs * dprobs.abs()
+        moved = f.prob_error * (dprobs - self.mean_dprobs).abs() + p.cast * f.probs * dprobs.abs()
         delta_error = (moved + (f.probs + f.prob_error) * core_error).sum(-1, True)
         delta_error += (dout.abs() * (f.out_rounding + p.dot(f.head_dim) * f.out.value.abs())).sum(-1, True)
-        delta = out - self.dlse[..., None]
+        delta = self.delta
         delta_error += p.wide * self.dlse[..., None].abs()
         ds = f.probs * (dprobs - delta)
         error = self.prob_error * (dprobs - delta).abs() + (f.probs + self.prob_error) * (dprobs_error + delta_error)
