@@ -61,12 +61,12 @@ def guarded(good: Probe, *bad: Probe) -> Callable[[Callable[P, V]], Callable[P, 
 
 
 def canary() -> int:
-    """Try the canaries of every rule, of `tolerance`, `bias`, `peer` and `statistics`; the number of rules.
+    """Try the canaries of every rule, of `tolerance`, `bias` and `peer`; the number of rules.
 
     Raises:
         CanaryError: if a rule accepts a bad pair or refuses a good one.
     """
-    for module in ("tolerance",):
+    for module in ("tolerance", "bias", "peer"):
         importlib.import_module(f"{__package__}.{module}")
     for (module, name), prove in _PROOFS.items():
         prove(getattr(importlib.import_module(module), name))
