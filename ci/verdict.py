@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 PASSED, FAILED, SURVIVED, CRASHED, BROKEN, MISCONFIGURED = range(6)
 SERIOUS = (MISCONFIGURED, BROKEN, CRASHED, FAILED, SURVIVED)
 """Codes by how little is known after them; a run that deserves several gets the first."""
+MOST_LINES = 20
 
 Complaint = tuple[int, str]
 
@@ -84,7 +85,8 @@ def _of_result(result: dict[str, Any], record: dict[str, Any], allowed: dict[str
         if name not in allowed:
             yield MISCONFIGURED, f"{name} was skipped, and is not in the list of allowed skips"
     elif status == "not-run":
-        if result["mode"] != "gpu" or record["header"]["gpu"]:
+        no_tool = result["facts"].get("missing") == "compute-sanitizer"
+        if result["mode"] != "gpu" or (record["header"]["gpu"] and not no_tool):
             yield MISCONFIGURED, f"{name} was not run although it could have been"
     else:
         yield MISCONFIGURED, f"{name} has the unknown status {status!r}"
@@ -138,7 +140,8 @@ def judge_file(path: Path) -> tuple[int, list[str]]:
     found = complaints(record)
     code = exit_code(found)
     if found:
-        return code, [line for _, line in found]
+        more = [f"and {len(found) - MOST_LINES} more"] if len(found) > MOST_LINES else []
+        return code, [line for _, line in found[:MOST_LINES]] + more
     count = Counter(result["status"] for result in record["results"])
     return code, [f"pass: {count['pass']} checks passed, {count['skip']} skipped, {count['not-run']} not run"]
 

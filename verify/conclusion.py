@@ -64,6 +64,7 @@ def _code_of(header: Header, result: Result, allowed_skips: Mapping[str, str]) -
         return {"stale-mutant": MISCONFIGURED, "environment": BROKEN}.get(result.trouble, CRASHED)
     if result.status == "skip" and result.id not in allowed_skips:
         return MISCONFIGURED
-    if result.status == "not-run" and (result.mode != "gpu" or header.gpu):
-        return MISCONFIGURED
+    if result.status == "not-run":
+        could_not = result.mode == "gpu" and (not header.gpu or "missing" in result.facts)
+        return PASSED if could_not else MISCONFIGURED
     return PASSED

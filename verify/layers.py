@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..kernels.tunable import Config
 from ..problem import Problem
 from ..profiles.configs import tunables
 from ..profiles.schema import Entry, Profile
-from . import gate
+from . import gate, gpu
 from .foundations import FOUNDATIONS
 from .registry import Check, checks
 from .shapes import FEW, fixed_names
-from .units import Unit
+from .units import Place, Unit
 
 INTERPRETED = ("float32", "float64", "float16")
 COMPILED = ("bfloat16", "float16", "float32")
@@ -29,21 +30,32 @@ TITLES = {
 }
 BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
 """Seconds that a layer may take on two cores; L6 on a GPU machine."""
+REPEATS = 250
 PLAIN = ("forward_equals_oracle", "backward_equals_oracle", "decode_equals_prefill")
 
 
-def plan(layers: tuple[str, ...], *, strict: bool = False, seed: int = 0, examples: int | None = None) -> list[Unit]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How much to run: `examples` random ones of each property, and configs of each choice of tiles on a GPU (None for
+    the layers' own numbers, and for all configs), drawn by `seed`; `strict` as in `Unit`."""
+
+    examples: int | None = None
+    seed: int = 0
+    strict: bool = False
+
+
+def plan(layers: tuple[str, ...], extent: Extent) -> list[Unit]:
     """The units of these layers, in order."""
-    return [replace(unit, strict=strict) for layer in layers for unit in LAYERS[layer]()]
+    return [replace(unit, strict=extent.strict) for layer in layers for unit in LAYERS[layer](extent)]
 
 
-def _l0() -> Iterator[Unit]:
+def _l0(extent: Extent) -> Iterator[Unit]:
     for name in FOUNDATIONS:
         if name != "oracle_gradcheck":
             yield Unit(id=f"L0/{name}", layer="L0", check=name, runner="foundation", place="host", mode="host")
 
 
-def _l1() -> Iterator[Unit]:
+def _l1(extent: Extent) -> Iterator[Unit]:
     yield Unit(
         id="L1/oracle_gradcheck", layer="L1", check="oracle_gradcheck", runner="foundation", place="host", mode="eager"
     )
@@ -55,24 +67,24 @@ def _l1() -> Iterator[Unit]:
                 )
 
 
-def _l2() -> Iterator[Unit]:
+def _l2(extent: Extent) -> Iterator[Unit]:
     for check in checks().values():
         for dtype in INTERPRETED:
             yield _check_unit("L2", check, dtype, "interpreter", "interpreter", _cases_of(check, dtype, "float32"))
 
 
-def _l3() -> Iterator[Unit]:
+def _l3(extent: Extent) -> Iterator[Unit]:
     for name in PLAIN:
         yield _check_unit("L3", checks()[name], "float32", "interpreter", "interpreter", FEW, runner="shadowed")
-    yield from _configs("L3", "float32", "interpreter")
+    yield from _configs("L3", "float32", "interpreter", extent)
 
 
-def _l4() -> Iterator[Unit]:
+def _l4(extent: Extent) -> Iterator[Unit]:
     for name in ("decode_equals_prefill", "crop_equals_fresh", "reorder_equals_fresh"):
         yield _check_unit("L4", checks()[name], "float32", "interpreter", "interpreter", ("base", "mean_kv_cores"))
 
 
-def _l5() -> Iterator[Unit]:
+def _l5(extent: Extent) -> Iterator[Unit]:
     from .mutants import MUTANTS
 
     for name, planted in MUTANTS.items():
@@ -82,14 +94,27 @@ def _l5() -> Iterator[Unit]:
         )  # fmt: skip
 
 
-def _l6() -> Iterator[Unit]:
+def _l6(extent: Extent) -> Iterator[Unit]:
     for check in checks().values():
         for dtype in COMPILED:
             yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
-    yield from _configs("L6", "bfloat16", "gpu")
+    yield from _configs("L6", "bfloat16", "gpu", extent)
+    for dtype in COMPILED:
+        yield _gpu_unit(f"repeats/{dtype}", "repeats", dtype, {"times": REPEATS}, properties=("P33",))
+    for direction in ("forward", "backward", "decode"):
+        yield _gpu_unit(f"large/{direction}", "large", "bfloat16", {}, direction=direction, alone=True)
+    for tool in gpu.TOOLS:
+        yield _gpu_unit(f"sanitizer/{tool}", "sanitizer", "", {"tool": tool}, limit_s=400.0)
 
 
-LAYERS: dict[str, Callable[[], Iterator[Unit]]] = {
+def _gpu_unit(name: str, runner: str, dtype: str, arguments: dict[str, Any], **fields: Any) -> Unit:
+    return Unit(
+        id=f"L6/{name}", layer="L6", check=runner, runner=runner, place="gpu", mode="gpu", dtype=dtype,
+        arguments=arguments, estimate_s=30.0, **fields,
+    )  # fmt: skip
+
+
+LAYERS: dict[str, Callable[[Extent], Iterator[Unit]]] = {
     "L0": _l0, "L1": _l1, "L2": _l2, "L3": _l3, "L4": _l4, "L5": _l5, "L6": _l6,
 }  # fmt: skip
 
@@ -115,7 +140,7 @@ def _check_unit(
     )  # fmt: skip
 
 
-def _configs(layer: str, dtype: str, place: Any) -> Iterator[Unit]:
+def _configs(layer: str, dtype: str, place: Place, extent: Extent) -> Iterator[Unit]:
     """A unit for each choice of tiles of each kernel: the interpreter knows no warps or stages, a GPU gets them all."""
     problem = Problem(**{**gate.STANDARD, "dtype": dtype})
     for kernel, tunable in tunables().items():
@@ -125,14 +150,12 @@ def _configs(layer: str, dtype: str, place: Any) -> Iterator[Unit]:
                 groups.setdefault(_tiles(config), []).append(config)
         check = checks()[gate.CHECKS_OF[kernel][0]]
         for tiles, configs in groups.items():
-            kept = configs if place == "gpu" else configs[:1]
+            most = 1 if place == "interpreter" else extent.examples or len(configs)
+            kept = random.Random(extent.seed).sample(configs, min(most, len(configs)))
             yield Unit(
                 id=f"{layer}/config/{kernel}/{tiles}", layer=layer, check=check.name, runner="config", place=place,
-                mode=place, direction=check.direction, kernel=kernel, dtype=dtype,
-                arguments={
-                    "configs": [asdict(config) for config in kept], "cases": ("base",),
-                    "device": "cuda" if place == "gpu" else "cpu",
-                },
+                mode="gpu" if place == "gpu" else "interpreter", direction=check.direction, kernel=kernel, dtype=dtype,
+                estimate_s=5.0 * len(kept), arguments={"configs": [asdict(config) for config in kept]},
             )  # fmt: skip
 
 

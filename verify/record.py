@@ -43,9 +43,9 @@ class Result:
     """One check of one kind: what ran, what came out and where the largest part of the budget went.
 
     `budget_use` is the largest error over its bound among all comparisons (at most 1 where the check passed, None
-    where nothing was compared by a bound), and the fields from `tensor` on describe that comparison; `warnings` are
-    statistical suspicions, which fail a strict run only; `trouble` says which error; `facts` is what else the check
-    counted.
+    where nothing was compared by a bound). The fields from `tensor` on describe that comparison, `terms` what its rule
+    looked at there: actual and expected value, error and bound, or the z-score of a bias. `warnings` are statistical
+    suspicions, which fail a strict run only; `trouble` says which error; `facts` is what else the check counted.
     """
 
     id: str
@@ -67,10 +67,9 @@ class Result:
     budget_use: float | None = None
     tensor: str = ""
     max_abs_error: float | None = None
-    max_rel_error: float | None = None
     worst_index: tuple[int, ...] = ()
     level: str = ""
-    bias_z: float | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     trouble: Trouble = ""
     message: str = ""
@@ -178,7 +177,7 @@ def read(path: Path) -> Record:
 
 def result_from(values: Mapping[str, Any]) -> Result:
     """A result from its JSON."""
-    numbers = ("budget_use", "max_abs_error", "max_rel_error", "bias_z")
+    numbers = ("budget_use", "max_abs_error")
     spelt = {name: float(values[name]) for name in numbers if values[name] is not None}
     return Result(**{**_tupled(values), **spelt})
 

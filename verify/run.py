@@ -50,9 +50,9 @@ def run(units: Sequence[Unit], options: Options, display: Display) -> Iterator[R
     for layer in dict.fromkeys(unit.layer for unit in units):
         todo = [unit for unit in units if unit.layer == layer and (unit.place != "gpu" or options.gpu)]
         budget = BUDGETS_S.get(layer, float("inf")) * options.budget_scale
-        for place in dict.fromkeys(unit.place for unit in todo):
-            crew = options.gpu_jobs if place == "gpu" else options.jobs
-            here = [unit for unit in todo if unit.place == place]
+        for place, alone in dict.fromkeys((unit.place, unit.alone) for unit in todo):
+            crew = 1 if alone else options.gpu_jobs if place == "gpu" else options.jobs
+            here = [unit for unit in todo if (unit.place, unit.alone) == (place, alone)]
             yield from _Crew(place, here, min(crew, len(here)), time.monotonic() + budget, display).results()
 
 

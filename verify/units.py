@@ -23,8 +23,9 @@ SUSPICIONS = ("statistical", "bias", "peer")
 class Unit:
     """One check of one kind.
 
-    `runner` is the name of a function in RUNNERS and `arguments` what it gets; `place` the kind of process it needs;
-    `limit_s` after how many seconds the process is killed, `estimate_s` about how long it takes.
+    `runner` is the name of a function in RUNNERS and `arguments` what it gets; `place` the kind of process it needs,
+    and `alone` that nothing else runs beside it; `limit_s` after how many seconds the process is killed, `estimate_s`
+    about how long it takes; `strict` whether statistical suspicions fail it.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Unit:
     kernel: str = ""
     dtype: str = ""
     strict: bool = False
+    alone: bool = False
     limit_s: float = 300.0
     estimate_s: float = 5.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -74,9 +76,9 @@ def judge(unit: Unit, evaluated: Evaluated) -> Result:
             seen += 1
             empty = empty and comparison.empty
             use = math.inf if math.isnan(comparison.budget_use) else comparison.budget_use
-            if use > worst[0] and _level(comparison) not in SUSPICIONS:
+            if use > worst[0] and comparison.level not in SUSPICIONS:
                 worst = use, case, comparison
-            if not comparison.ok and _level(comparison) in SUSPICIONS:
+            if not comparison.ok and comparison.level in SUSPICIONS:
                 warnings.append(f"{comparison} of {_shape(case)}")
             elif not comparison.ok:
                 return _described(unit, case, comparison, cases, seen, warnings)
@@ -93,14 +95,9 @@ def _described(
     described = unit.blank(
         status="fail" if failed else "pass", cases=cases, comparisons=seen, message=message, warnings=tuple(warnings),
         budget_use=comparison.budget_use, tensor=comparison.name, worst_index=comparison.worst_index,
-        level=_level(comparison), max_abs_error=getattr(comparison, "max_abs_error", None),
-        max_rel_error=getattr(comparison, "max_rel_error", None), bias_z=getattr(comparison, "bias_z", None),
+        level=comparison.level, max_abs_error=comparison.max_abs_error, terms=comparison.terms,
     )  # fmt: skip
     return described if case is None else replace(described, **of_case(case))
-
-
-def _level(comparison: Comparison) -> str:
-    return getattr(comparison, "level", "rigorous")
 
 
 def of_case(case: Case) -> dict[str, Any]:
@@ -118,7 +115,7 @@ def _shape(case: Case | None) -> str:
 
 def run_unit(values: dict[str, Any]) -> dict[str, Any]:
     """The result of a unit, both as JSON, in a worker process; an exception is a result too."""
-    from . import runners  # noqa: F401 enters the runners
+    from . import gpu, runners  # noqa: F401 they enter the runners
 
     unit = Unit(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
     started = time.monotonic()

@@ -76,6 +76,33 @@ def verify(
     return _conclude(record, json_path, junit)
 
 
+@app.command("verdict")
+def verdict_of(record: Annotated[Path, typer.Argument(metavar="R.json", help="A record of cca-verify.")]) -> int:
+    """Derive the verdict of a record anew from its JSON; the exit code is that of the run."""
+    from .ci.verdict import judge_file
+
+    code, lines = judge_file(record)
+    typer.echo("\n".join(lines), err=code != OK)
+    return code
+
+
+@app.command("sanitize-target")
+def sanitize() -> int:
+    """Run every kernel on tiny shapes, as a target for compute-sanitizer; it prints the command lines to use."""
+    import shlex
+
+    import torch
+
+    from .verify.gpu import DONE, TOOLS, sanitize_target, sanitizer_command
+
+    for tool in TOOLS:
+        typer.echo(shlex.join(sanitizer_command(tool)), err=True)
+    if not torch.cuda.is_available():
+        raise Refused("sanitize-target needs an NVIDIA GPU, and there is none here", BROKEN)
+    typer.echo(f"{sanitize_target()} groups of launches\n{DONE}")
+    return OK
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-verify`; ends the process with its exit code."""
     sys.exit(_guarded(arguments))
@@ -128,7 +155,7 @@ def _layers(chosen: list[str] | None, profile: Path | None) -> tuple[str, ...]:
 
 def _units(layers: tuple[str, ...], profile: Path | None, **options: Any) -> list[Unit]:
     from .profiles.store import ProfileError, load_profile
-    from .verify.layers import plan, profile_units
+    from .verify.layers import Extent, plan, profile_units
 
     units = []
     if profile is not None:
@@ -136,7 +163,7 @@ def _units(layers: tuple[str, ...], profile: Path | None, **options: Any) -> lis
             units += profile_units(load_profile(profile))
         except ProfileError as error:
             raise Refused(f"--profile: {error}") from error
-    return [*units, *plan(layers, **options)]
+    return [*units, *plan(layers, Extent(**options))]
 
 
 def _run(
