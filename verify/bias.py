@@ -1,8 +1,9 @@
 """Errors that do not cancel: rule T3 of docs/verification.md.
 
 Rounding to nearest is right on average. A kernel that truncates, or adds up in low precision, errs to one side, by far
-less than any elementwise bound and on every element: that is what training diverges on. Both rules need many elements,
-and refuse to judge few.
+less than any elementwise bound and on every element: that is what training diverges on. Both rules need many elements
+in half precision, and refuse to judge others: in float32 nothing is cast, and the one rounding of a constant such as
+the scale is a bias that a mean over many elements resolves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .canary import guarded
-from .rounding import Bounded
+from .rounding import ROUNDOFF, Bounded
 from .tolerance import Comparison, refused
 
 MIN_ELEMENTS = 100_000
@@ -23,6 +24,10 @@ MAX_Z = 5.0
 MAX_MEAN = 0.05
 """Part of its bound that an error may be on average."""
 
+SECOND_ORDER = 4.0
+"""Mean error, in units of roundoff and parts of the bound, that roundings without bias make: the exponential of a logit
+of magnitude B that is off by up to u B is on average u^2 B^2 / 6 too large, u B / 6 of the bound; B is up to 24."""
+
 MIN_EXACT = 0.99
 """Part of a constant's elements that must come out exactly."""
 
@@ -30,8 +35,12 @@ MAX_MEAN_RELATIVE = 2e-4
 """Mean relative error that a constant may come out with."""
 
 
-def _few(name: str, count: int) -> ValueError:
-    return ValueError(f"{name}: a bias needs at least {MIN_ELEMENTS} elements, got {count}")
+def _check(name: str, actual: Tensor) -> None:
+    """Raise unless `actual` can be judged."""
+    if actual.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: the dtype must be float16 or bfloat16, got {actual.dtype}")
+    if actual.numel() < MIN_ELEMENTS:
+        raise ValueError(f"{name}: there must be at least {MIN_ELEMENTS} elements, got {actual.numel()}")
 
 
 def _noise(shift: float, away: float = 0.0) -> tuple[str, Tensor, Bounded]:
@@ -39,7 +48,7 @@ def _noise(shift: float, away: float = 0.0) -> tuple[str, Tensor, Bounded]:
     generator = torch.Generator().manual_seed(1)
     error = torch.rand(4, 4, 100, 64, generator=generator, dtype=torch.float64).sub(0.5).mul(0.2)
     value = torch.ones_like(error).where(torch.arange(64) % 2 == 0, -1.0)
-    return "canary", value + error + shift + away * value, Bounded(value, torch.ones_like(value))
+    return "canary", (value + error + shift + away * value).half(), Bounded(value, torch.ones_like(value))
 
 
 @guarded(
@@ -52,32 +61,35 @@ def _noise(shift: float, away: float = 0.0) -> tuple[str, Tensor, Bounded]:
 def compare_bias(name: str, actual: Tensor, expected: Bounded) -> Comparison:
     """The mean error, in parts of the bound, upwards and away from 0: within 5 standard errors and 5 % of 0.
 
-    Elements of one column (batch, head, :, d) share the rounding errors of their core tokens, so the standard error is
-    that of the columns' means. Where both the error and the bound are 0 there is nothing to average.
+    A mean below ``4 u`` is right, however many standard errors that is. Elements of one column (batch, head, :, d)
+    share the rounding errors of their core tokens, so the standard error is that of the columns' means. Where both
+    the error and the bound are 0 there is nothing to average.
 
     Args:
         name: of the tensor.
-        actual: [B, H, T, D].
+        actual: [B, H, T, D], float16 or bfloat16.
         expected: its values and rigorous bounds.
 
     Raises:
-        ValueError: for fewer than 100 000 elements, or an expected value or bound that is not finite.
+        ValueError: for fewer than 100 000 elements, another dtype, or an expected value or bound that is not finite.
     """
+    _check(name, actual)
     value, bound = expected.value.detach().double().cpu(), expected.bound.detach().double().cpu()
     if not bool(value.isfinite().all() and bound.isfinite().all() and (bound >= 0).all()):
         raise ValueError(f"{name}: the expected values and their bounds must be finite everywhere")
     if actual.shape != value.shape:
         return refused(name, "bias", f"shape {tuple(actual.shape)}, not {tuple(value.shape)}")
-    if actual.numel() < MIN_ELEMENTS:
-        raise _few(name, actual.numel())
     error = actual.detach().double().cpu() - value
     part = torch.where((error == 0) & (bound == 0), 0.0, error / bound)
+    small = SECOND_ORDER * ROUNDOFF[actual.dtype]
     terms: dict[str, float] = {}
+    uses: list[float] = []
     for direction, x in (("up", part), ("away", part * value.sign())):
         mean, columns = float(x.mean()), x.mean(2).flatten()
         deviation = float(columns.std()) / math.sqrt(columns.numel())
-        terms |= {f"mean_{direction}": mean, f"z_{direction}": mean / deviation if deviation else _sure(mean)}
-    uses = [abs(x) / (MAX_Z if key.startswith("z") else MAX_MEAN) for key, x in terms.items()]
+        z = mean / deviation if deviation else _sure(mean)
+        terms |= {f"mean_{direction}": mean, f"z_{direction}": z}
+        uses += [abs(mean) / MAX_MEAN, min(abs(z) / MAX_Z, abs(mean) / small)]
     return _verdict(name, uses, terms, float(error.abs().max()))
 
 
@@ -110,15 +122,12 @@ def compare_constant(name: str, actual: Tensor, constant: Tensor) -> Comparison:
     Raises:
         ValueError: for fewer than 100 000 elements, another dtype, or a constant that is 0 or not finite somewhere.
     """
-    if actual.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: the dtype must be float16 or bfloat16, got {actual.dtype}")
+    _check(name, actual)
     value = constant.detach().double().cpu()
     if not bool((value.isfinite() & (value != 0)).all()):
         raise ValueError(f"{name}: the constant must be finite and not 0 everywhere")
     if actual.shape != value.shape:
         return refused(name, "bias", f"shape {tuple(actual.shape)}, not {tuple(value.shape)}")
-    if actual.numel() < MIN_ELEMENTS:
-        raise _few(name, actual.numel())
     error = actual.detach().double().cpu() - value
     terms = {"inexact": float((error != 0).double().mean()), "mean_relative": float((error / value).mean())}
     uses = [terms["inexact"] / (1 - MIN_EXACT), abs(terms["mean_relative"]) / MAX_MEAN_RELATIVE]
