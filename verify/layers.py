@@ -13,6 +13,7 @@ from ..profiles.configs import tunables
 from ..profiles.schema import Entry, Profile
 from . import gate, gpu
 from .foundations import FOUNDATIONS
+from .gate_cases import DIRECTION_OF
 from .registry import Check, checks
 from .shapes import FEW, fixed_names
 from .units import Place, Unit
@@ -31,7 +32,10 @@ TITLES = {
 BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
 """Seconds that a layer may take on two cores; L6 on a GPU machine."""
 REPEATS = 250
-PLAIN = ("forward_equals_oracle", "backward_equals_oracle", "decode_equals_prefill")
+CHECK_OF = {
+    "forward": "forward_equals_oracle", "backward": "backward_equals_oracle", "decode": "decode_equals_prefill",
+}  # fmt: skip
+PLAIN = tuple(CHECK_OF.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +152,7 @@ def _configs(layer: str, dtype: str, place: Place, extent: Extent) -> Iterator[U
         for config, refusal in tunable.candidates(problem):
             if refusal is None:
                 groups.setdefault(_tiles(config), []).append(config)
-        check = checks()[gate.CHECKS_OF[kernel][0]]
+        check = checks()[CHECK_OF[DIRECTION_OF[kernel]]]
         for tiles, configs in groups.items():
             most = 1 if place == "interpreter" else extent.examples or len(configs)
             kept = random.Random(extent.seed).sample(configs, min(most, len(configs)))

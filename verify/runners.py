@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -112,11 +112,15 @@ def profile_entry(unit: Unit) -> Result:
     """The gate on one entry of a profile; arguments: `config`, `problem`."""
     tunables()
     values, problem = unit.arguments["config"], Problem(**unit.arguments["problem"])
-    evidence = gate.check_config(unit.kernel, as_config(unit.kernel, values), problem=problem)
+    candidate = as_config(unit.kernel, values)
+    evidence = gate.check_config(unit.kernel, candidate, problem=problem, timeout_s=unit.limit_s - 30.0)
+    facts: dict[str, Any] = {"suite": evidence.suite, "kernel_hash": evidence.kernel_hash}
+    if not evidence.ok:
+        facts["quarantine"] = asdict(gate.quarantine(unit.kernel, candidate, problem, evidence))
     return unit.blank(
         status="pass" if evidence.ok else "fail", cases=evidence.cases, message=evidence.message, config=values,
         budget_use=evidence.worst_budget_use, shape=str(problem), seed=evidence.seed,
-        mode=evidence.mode, facts={"suite": evidence.suite, "kernel_hash": evidence.kernel_hash},
+        mode=evidence.mode, facts=facts,
     )  # fmt: skip
 
 
