@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .calls import agree, agree_all, claim, cores_of, dense, generator_of, of, oracle, run, same_bits, wide
+from .calls import Results, agree, agree_all, claim, cores_of, dense, generator_of, of, oracle, run, same_bits, wide
 from .cases import Case
 from .identities import hull_of_past, merged
 from .inputs import Inputs, make_inputs
@@ -177,12 +177,16 @@ def group_locality(case: Case) -> list[Comparison]:
     changed[0][:, :, token] = -2 * changed[0][:, :, token] + 1
     others = [c for c in range(groups) if c != token // g or (token + 1) % g]
     after = cores_of(case, inputs._replace(q=changed[0]))
-    found = same_bits(*({n: x[:, :, others] for n, x in y.items()} for y in (after, before)), note=" after its query")
+    found = same_bits(_at(after, others), _at(before, others), " after another query")
     for x in changed[1:]:
         x[:, :, token] = -2 * x[:, :, token] + 1
     after = cores_of(case, inputs._replace(q=changed[0], k=changed[1], v=changed[2]))
     others = [c for c in range(groups) if c != token // g]
-    return found + same_bits(*({n: x[:, :, others] for n, x in y.items()} for y in (after, before)), note=" after all")
+    return found + same_bits(_at(after, others), _at(before, others), " after another token")
+
+
+def _at(cores: Results, which: list[int]) -> Results:
+    return {name: x[:, :, which] for name, x in cores.items()}
 
 
 @check("forward", "P21")
@@ -194,8 +198,8 @@ def projections_commute(case: Case) -> list[Comparison]:
     weight = turns[0] + turns[1]
     v = on_grid(case, inputs.v, 0)
     bias = on_grid(case, v[:1, :1, :1], 1).double()
-    turned = [(x.double() @ turns[2].to(x.device)).to(x) for x in inputs[:2]]
-    mapped = Inputs(*turned, (v.double() @ weight.to(v.device) + bias).to(v), *inputs[3:])
+    q, k = ((x.double() @ turns[2].to(x.device)).to(x) for x in inputs[:2])
+    mapped = inputs._replace(q=q, k=k, v=(v.double() @ weight.to(v.device) + bias).to(v))
     inputs = inputs._replace(v=v)
     here, there = (run(case, x) for x in (inputs, mapped))
     bounds = [oracle(case, x) for x in (inputs, mapped)]
@@ -204,8 +208,9 @@ def projections_commute(case: Case) -> list[Comparison]:
     bounds[0]["out"] = Bounded(bounds[0]["out"].value, bounds[0]["out"].bound @ weight.abs().to(v.device))
     found = agree_all(there, expected, *bounds)
     case = dense(case)
-    here, there = (cores_of(case, Inputs(*(y.nan_to_num() for y in x))) for x in (inputs, mapped))
-    models = [ErrorModel(*(y.nan_to_num() for y in x[:3]), case.spec, case.dtype) for x in (inputs, mapped)]
+    inputs, mapped = (Inputs(*(y.nan_to_num() for y in x)) for x in (inputs, mapped))
+    here, there = cores_of(case, inputs), cores_of(case, mapped)
+    models = [ErrorModel(x.q, x.k, x.v, case.spec, case.dtype) for x in (inputs, mapped)]
     for name, matrix, shift in (("k_core", turns[2], 0.0), ("v_core", weight, bias)):
         bound = getattr(models[0], name).bound @ matrix.abs().to(v.device)
         moved = here[name].double() @ matrix.to(v.device) + shift

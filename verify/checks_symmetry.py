@@ -94,7 +94,8 @@ def shared_keys_are_repeated_keys(case: Case) -> list[Comparison]:
 
 
 def _sum_of_team(x: Tensor, kv_heads: int) -> Tensor:
-    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
+    total: Tensor = x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
+    return total
 
 
 @check("backward", "P25")
@@ -106,7 +107,8 @@ def padded_head_dim(case: Case) -> list[Comparison]:
     larger = padded_dim(dim) if padded_dim(dim) > dim else min(2 * dim, MAX_HEAD_DIM)
     case = replace(case, scale=case.spec.softmax_scale(dim))
     inputs, wider = make_inputs(case), of(case, head_dim=larger)
-    padded = Inputs(*(pad(x, (0, larger - dim)) for x in inputs[:4]), dlse=inputs.dlse)
+    q, k, v, dout = (pad(x, (0, larger - dim)) for x in inputs[:4])
+    padded = Inputs(q, k, v, dout, inputs.dlse)
     small, large = run(case, inputs, grads=True), run(wider, padded, grads=True)
     bounds = oracle(case, inputs, grads=True), oracle(wider, padded, grads=True)
     cut: list[Any] = [{name: x[..., :dim] for name, x in each.items() if name != "lse"} for each in (large, small)]
