@@ -43,17 +43,18 @@ def _check(name: str, actual: Tensor) -> None:
         raise ValueError(f"{name}: there must be at least {MIN_ELEMENTS} elements, got {actual.numel()}")
 
 
-def _noise(shift: float, away: float = 0.0) -> tuple[str, Tensor, Bounded]:
-    """Errors within 0.1 of their bounds, moved by `shift` upwards and by `away` away from 0."""
+def _noise(shift: float, away: float = 0.0, spread: float = 0.0) -> tuple[str, Tensor, Bounded]:
+    """Errors within 0.1 of their bounds, moved by `shift` upwards, by `away` away from 0, by `spread` with columns."""
     generator = torch.Generator().manual_seed(1)
     error = torch.rand(4, 4, 100, 64, generator=generator, dtype=torch.float64).sub(0.5).mul(0.2)
     value = torch.ones_like(error).where(torch.arange(64) % 2 == 0, -1.0)
+    error += spread * torch.ones_like(error).where(torch.arange(64) % 4 < 2, -1.0)
     return "canary", (value + error + shift + away * value).half(), Bounded(value, torch.ones_like(value))
 
 
 @guarded(
     lambda rule: rule(*_noise(0.0)),
-    lambda rule: rule(*_noise(1.5 * MAX_MEAN)),
+    lambda rule: rule(*_noise(0.075, spread=0.8)),
     lambda rule: rule(*_noise(0.003)),
     lambda rule: rule(*_noise(0.0, away=-0.003)),
     lambda rule: rule(*_noise(math.nan)),
@@ -62,8 +63,9 @@ def compare_bias(name: str, actual: Tensor, expected: Bounded) -> Comparison:
     """The mean error, in parts of the bound, upwards and away from 0: within 5 standard errors and 5 % of 0.
 
     A mean below ``4 u`` is right, however many standard errors that is. Elements of one column (batch, head, :, d)
-    share the rounding errors of their core tokens, so the standard error is that of the columns' means. Where both
-    the error and the bound are 0 there is nothing to average.
+    share the rounding errors of their core tokens and those of one row the casts of its probabilities, so the standard
+    error is that of the columns' means and of the rows'. It means nothing where all rows have the same logits: then
+    their casts err alike. Where both the error and the bound are 0 there is nothing to average.
 
     Args:
         name: of the tensor.
@@ -85,12 +87,17 @@ def compare_bias(name: str, actual: Tensor, expected: Bounded) -> Comparison:
     terms: dict[str, float] = {}
     uses: list[float] = []
     for direction, x in (("up", part), ("away", part * value.sign())):
-        mean, columns = float(x.mean()), x.mean(2).flatten()
-        deviation = float(columns.std()) / math.sqrt(columns.numel())
+        mean = float(x.mean())
+        deviation = math.hypot(_standard_error(x.mean(2)), _standard_error(x.mean(3)))
         z = mean / deviation if deviation else _sure(mean)
         terms |= {f"mean_{direction}": mean, f"z_{direction}": z}
         uses += [abs(mean) / MAX_MEAN, min(abs(z) / MAX_Z, abs(mean) / small)]
     return _verdict(name, uses, terms, float(error.abs().max()))
+
+
+def _standard_error(means: Tensor) -> float:
+    """Of the mean of independent `means`."""
+    return float(means.std()) / math.sqrt(means.numel())
 
 
 def _sure(mean: float) -> float:
