@@ -14,6 +14,8 @@ from ..profiles.schema import Entry, Profile
 from . import gate, gpu
 from .foundations import FOUNDATIONS
 from .gate_cases import DIRECTION_OF
+from .mutants import MUTANTS
+from .record import Mode
 from .registry import Check, checks
 from .shapes import FEW, fixed_names
 from .units import Place, Unit
@@ -32,6 +34,12 @@ TITLES = {
 BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
 """Seconds that a layer may take on two cores; L6 on a GPU machine."""
 REPEATS = 250
+KERNELS_ONLY = (
+    "schedule_is_used", "layout_changes_no_bit", "head_permutation", "shared_keys_are_repeated_keys",
+    "batch_permutation", "neighbours_change_no_bit",
+)  # fmt: skip
+"""Checks of bits that the kernels promise and the eager path does not: PyTorch's matrix products depend on the layout
+and on the size of the whole batch."""
 CHECK_OF = {
     "forward": "forward_equals_oracle", "backward": "backward_equals_oracle", "decode": "decode_equals_prefill",
 }  # fmt: skip
@@ -54,6 +62,7 @@ def plan(layers: tuple[str, ...], extent: Extent) -> list[Unit]:
 
 
 def _l0(extent: Extent) -> Iterator[Unit]:
+    yield Unit(id="L0/canaries", layer="L0", check="canaries", runner="canaries", place="host", mode="host")
     for name in FOUNDATIONS:
         if name != "oracle_gradcheck":
             yield Unit(id=f"L0/{name}", layer="L0", check=name, runner="foundation", place="host", mode="host")
@@ -63,8 +72,9 @@ def _l1(extent: Extent) -> Iterator[Unit]:
     yield Unit(
         id="L1/oracle_gradcheck", layer="L1", check="oracle_gradcheck", runner="foundation", place="host", mode="eager"
     )
+    yield from (_levels_unit("L1", dtype, "host", "eager", backend="eager") for dtype in ("float64", "bfloat16"))
     for check in checks().values():
-        if check.name != "schedule_is_used":  # the eager path has no schedule
+        if check.name not in KERNELS_ONLY:
             for dtype in ("float64", "bfloat16"):
                 yield _check_unit(
                     "L1", check, dtype, "host", "eager", _cases_of(check, dtype, "float64"), backend="eager"
@@ -72,6 +82,11 @@ def _l1(extent: Extent) -> Iterator[Unit]:
 
 
 def _l2(extent: Extent) -> Iterator[Unit]:
+    yield Unit(
+        id="L2/ratchet", layer="L2", check="every_level", runner="ratcheted", place="interpreter", mode="interpreter",
+        estimate_s=90.0,
+    )  # fmt: skip
+    yield from (_levels_unit("L2", dtype, "interpreter", "interpreter") for dtype in INTERPRETED)
     for check in checks().values():
         for dtype in INTERPRETED:
             yield _check_unit("L2", check, dtype, "interpreter", "interpreter", _cases_of(check, dtype, "float32"))
@@ -89,8 +104,6 @@ def _l4(extent: Extent) -> Iterator[Unit]:
 
 
 def _l5(extent: Extent) -> Iterator[Unit]:
-    from .mutants import MUTANTS
-
     for name, planted in MUTANTS.items():
         yield Unit(
             id=f"L5/{planted.id}/{name}", layer="L5", check=planted.check, runner="mutant", place="host",
@@ -99,6 +112,7 @@ def _l5(extent: Extent) -> Iterator[Unit]:
 
 
 def _l6(extent: Extent) -> Iterator[Unit]:
+    yield from (_levels_unit("L6", dtype, "gpu", "gpu", device="cuda") for dtype in COMPILED)
     for check in checks().values():
         for dtype in COMPILED:
             yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
@@ -132,8 +146,15 @@ def _cases_of(check: Check, dtype: str, widest: str) -> tuple[str, ...]:
     return ("base", "window_below_a_group", "kv_cores") if dtype == widest else ("base",)
 
 
+def _levels_unit(layer: str, dtype: str, place: Place, mode: Mode, **options: Any) -> Unit:
+    return Unit(
+        id=f"{layer}/every_level/{dtype}", layer=layer, check="every_level", runner="levels", place=place, mode=mode,
+        direction="backward", dtype=dtype, estimate_s=30.0, arguments={"cases": FEW, **options},
+    )  # fmt: skip
+
+
 def _check_unit(
-    layer: str, check: Check, dtype: str, place: Any, mode: Any, cases: tuple[str, ...], *, runner: str = "check",
+    layer: str, check: Check, dtype: str, place: Place, mode: Mode, cases: tuple[str, ...], *, runner: str = "check",
     **options: Any,
 ) -> Unit:  # fmt: skip
     prefix = "shadow/" if runner == "shadowed" else ""

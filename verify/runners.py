@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -15,18 +15,17 @@ from triton.runtime.errors import OutOfResources
 from ..kernels.tunable import Config, Schedule
 from ..problem import Problem
 from ..profiles.configs import as_config, tunables
-from . import gate, shadow
+from . import canary, gate, ratchet, shadow
 from .cases import Case
 from .foundations import FOUNDATIONS
 from .inputs import poisoned_memory
+from .levels import every_level
+from .mutants import MUTANTS, Judge, workshop
 from .record import Result, Trouble
 from .registry import checks
 from .shapes import fixed_case
 from .tolerance import Comparison
 from .units import Evaluated, Unit, judge, runner
-
-if TYPE_CHECKING:
-    from .mutants import Judge
 
 ORDERS = (1, 2)
 """Program orders of a shadowed run: backwards, and shuffled."""
@@ -54,6 +53,38 @@ def _evaluated(unit: Unit) -> Evaluated:
     for case in _cases(unit):
         with poisoned_memory():
             yield case, checks()[unit.check](case)
+
+
+@runner
+def levels(unit: Unit) -> Result:
+    """Forward and backward by every rule of acceptance; arguments as of `check`."""
+    return judge(unit, _by_every_rule(unit))
+
+
+def _by_every_rule(unit: Unit) -> Evaluated:
+    for case in _cases(unit):
+        with poisoned_memory():
+            yield case, every_level(case)
+
+
+@runner
+def canaries(unit: Unit) -> Result:
+    """Every acceptance rule refuses what it must refuse."""
+    return unit.blank(status="pass", cases=canary.canary(), budget_use=0.0)
+
+
+@runner
+def ratcheted(unit: Unit) -> Result:
+    """The budget use of a fixed set of cases is no larger than recorded."""
+    uses = ratchet.measure()
+    found = ratchet.judge(uses, complete=True)
+    worse = tuple(str(regression) for regression in found if regression.fails)
+    worst = max(uses, key=uses.__getitem__)
+    facts = {"ratchet": worse, "budget_uses": uses, "changes": tuple(map(str, found))}
+    return unit.blank(
+        status="fail" if worse else "pass", cases=len(uses), comparisons=len(uses), budget_use=uses[worst],
+        tensor=worst, message="; ".join(worse[:3]), facts=facts,
+    )  # fmt: skip
 
 
 @runner
@@ -127,8 +158,6 @@ def profile_entry(unit: Unit) -> Result:
 @runner
 def mutant(unit: Unit) -> Result:
     """A planted mistake, which passes if it is killed; arguments: `mutant`, its name."""
-    from .mutants import MUTANTS
-
     name = unit.arguments["mutant"]
     verdict = _judge().judge(name, MUTANTS[name])
     facts = {**asdict(verdict), "killed": verdict.killed}
@@ -144,8 +173,6 @@ def mutant(unit: Unit) -> Result:
 @cache
 def _judge() -> Judge:
     """One workshop for all mutants of this process; its folder goes when the process ends."""
-    from .mutants import Judge, workshop
-
     stack = ExitStack()
     atexit.register(stack.close)
     return Judge(*stack.enter_context(workshop()))

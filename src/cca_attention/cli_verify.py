@@ -76,6 +76,25 @@ def verify(
     return _conclude(record, json_path, junit)
 
 
+@app.command("report")
+def report(
+    record: Annotated[Path, typer.Argument(metavar="R.json", help="A record of cca-verify.")],
+    output: Annotated[Path, _file("--output", "The page to write.")],
+) -> int:
+    """Render a record as one HTML page that needs nothing else."""
+    from .verify.record import RecordError, read, write
+    from .verify.report import as_html
+
+    _check_output("--output", output)
+    try:
+        page = as_html(read(record))
+    except RecordError as error:
+        raise Refused(str(error)) from error
+    write(output, page)
+    typer.echo(f"wrote {output}")
+    return OK
+
+
 @app.command("verdict")
 def verdict_of(record: Annotated[Path, typer.Argument(metavar="R.json", help="A record of cca-verify.")]) -> int:
     """Derive the verdict of a record anew from its JSON; the exit code is that of the run."""
