@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from cca_attention.verify import bias, peer, tolerance
+from cca_attention.verify import bias, levels, peer, rounding, statistics, tolerance
 from cca_attention.verify.canary import EVERY, CanaryError, canary, guarded
 from cca_attention.verify.rounding import Bounded
+from cca_attention.verify.rounding_backward import Gradients
 from cca_attention.verify.tolerance import Comparison
 
 RULES: dict[str, tuple[ModuleType, tuple[Any, ...]]] = {
@@ -26,6 +27,9 @@ RULES: dict[str, tuple[ModuleType, tuple[Any, ...]]] = {
     "compare_constant": (bias, (torch.zeros(1), torch.zeros(1))),
     "compare_to_peer": (peer, (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))),
 }
+
+
+OUT, GRADIENTS = rounding.ErrorModel.out.fget, levels.gradients  # type: ignore[attr-defined]
 
 
 def always(ok: bool) -> Callable[..., Comparison]:
@@ -41,6 +45,27 @@ def test_the_rules_judge() -> None:
 def test_a_rule_that_was_replaced(name: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RULES[name][0], name, always(ok))
     with pytest.raises(CanaryError, match=f"{name} (accepts what is wrong|refuses what is right)"):
+        canary()
+
+
+def looser(bounded: Any) -> Any:
+    return bounded._replace(bound=100 * bounded.bound)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "change", "match"),
+    [
+        (rounding.ErrorModel, "out", property(lambda self: looser(OUT(self))), "rigorous bounds of out accept"),
+        (rounding.ErrorModel, "out", property(lambda self: OUT(self)._replace(bound=0 * OUT(self).bound)), "refuse"),
+        (statistics, "SIGMAS", 15.0, "statistical bounds of .* accept"),
+        (levels, "gradients", lambda *args: Gradients(*map(looser, GRADIENTS(*args))), "rigorous bounds of dq accept"),
+    ],
+)
+def test_bounds_that_are_wrong(
+    module: Any, name: str, change: Any, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, change)
+    with pytest.raises(CanaryError, match=match):
         canary()
 
 

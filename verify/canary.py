@@ -3,7 +3,7 @@
 Every rule is `guarded`: it carries a pair that it must accept and pairs that it must refuse, the worst of them 1.5
 times beyond its tolerance, NaN and a wrong shape among them. The pairs are tried before the rule's first judgement
 and again every 256 of them; `canary` tries all rules at once, as their modules have them now, so that a rule that was
-replaced is seen as well as one whose body was.
+replaced is seen as well as one whose body was, and the bounds that they are given.
 """
 
 from __future__ import annotations
@@ -61,13 +61,16 @@ def guarded(good: Probe, *bad: Probe) -> Callable[[Callable[P, V]], Callable[P, 
 
 
 def canary() -> int:
-    """Try the canaries of every rule, of `tolerance`, `bias` and `peer`; the number of rules.
+    """Try the canaries of every rule, those of `tolerance`, `bias` and `peer`, and of the bounds; the number of rules.
+
+    It takes a tenth of a second.
 
     Raises:
-        CanaryError: if a rule accepts a bad pair or refuses a good one.
+        CanaryError: if a rule or a bound accepts what is wrong or refuses what is right.
     """
     for module in ("tolerance", "bias", "peer"):
         importlib.import_module(f"{__package__}.{module}")
     for (module, name), prove in _PROOFS.items():
         prove(getattr(importlib.import_module(module), name))
+    importlib.import_module(f"{__package__}.levels").prove_bounds()
     return len(_PROOFS)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import check_choice
+from ..spec import CCASpec, check_choice
 from . import statistics
 from .bias import compare_bias, compare_constant
 from .calls import Expected, Results, compare_all, oracle, run
+from .canary import CanaryError
 from .cases import Case
 from .inputs import Inputs, make_inputs
 from .peer import Peer, compare_to_peer
 from .rounding import Bounded, ErrorModel
+from .rounding_backward import gradients
 from .tolerance import Comparison, compare
 
 HALF = (torch.float16, torch.bfloat16)
@@ -70,3 +72,33 @@ def without_bias(case: Case) -> list[Comparison]:
     out = run(case, inputs._replace(v=equal.expand_as(inputs.v)))["out"]
     constant = equal.repeat_interleave(out.shape[1] // equal.shape[1], dim=1).expand_as(out)
     return [*found, compare_constant("out of equal values", out, constant)]
+
+
+def prove_bounds() -> None:
+    """The canary of `rounding`, `rounding_backward` and `statistics`, on one small call in float32.
+
+    Raises:
+        CanaryError: if a bound refuses the right values, rounded, or accepts those of a wrong scale: one too large by
+            5 10^-5 is 1.5 to 8 times the rigorous bounds, by 5 10^-6 it is 1.4 to 2 times the statistical ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, dout, k, v = (torch.randn(1, heads, 33, 16, generator=generator) for heads in (2, 2, 1, 1))
+
+    def model(factor: float) -> ErrorModel:
+        return ErrorModel(q, k, v, CCASpec(4, 6, scale=0.25 * factor), torch.float32)
+
+    def rigorous(model: ErrorModel) -> Expected:
+        return {"out": model.out, **gradients(model, dout, None)._asdict()}
+
+    right = model(1.0)
+    suspicious = {"out": statistics.out(right), **statistics.gradients(right, dout, None)._asdict()}
+    trials = {
+        "rigorous": (rigorous(right), rigorous(model(1.00005))),
+        "statistical": (suspicious, rigorous(model(1.000005))),
+    }
+    for level, (bounds, others) in trials.items():
+        for name, expected in bounds.items():
+            if not compare(name, expected.value.float(), expected).ok:
+                raise CanaryError(f"the {level} bounds of {name} refuse what is right")
+            if compare(name, others[name].value, expected).ok:
+                raise CanaryError(f"the {level} bounds of {name} accept a wrong scale")

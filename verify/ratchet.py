@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -170,7 +170,7 @@ def measure() -> dict[str, float]:
     return uses
 
 
-_RUNS = {
+_RUNS: dict[str, Callable[[Case], list[Comparison]]] = {
     "every_level": every_level,
     "decode_equals_prefill": lambda case: checks()["decode_equals_prefill"](case),
 }
