@@ -34,10 +34,7 @@ TITLES = {
 BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
 """Seconds that a layer may take on two cores; L6 on a GPU machine."""
 REPEATS = 250
-KERNELS_ONLY = (
-    "schedule_is_used", "layout_changes_no_bit", "head_permutation", "shared_keys_are_repeated_keys",
-    "batch_permutation", "neighbours_change_no_bit",
-)  # fmt: skip
+KERNELS_ONLY = ("schedule_is_used", "layout_changes_no_bit", "head_permutation", "shared_keys_are_repeated_keys")
 """Checks of bits that the kernels promise and the eager path does not: PyTorch's matrix products depend on the layout
 and on the size of the whole batch."""
 CHECK_OF = {

@@ -65,13 +65,14 @@ class Session:
         """Run everything; interrupted by Ctrl-C, the record holds what was done so far and is not complete."""
         results: list[Result] = []
         begun, complete = time.monotonic(), False
-        with Board(console, self._units) as board, closing(run(self._units, self._options, board)) as found:
-            try:
+        try:
+            console.print(self.announcement(), markup=False, highlight=False, soft_wrap=True)
+            with Board(console, self._units) as board, closing(run(self._units, self._options, board)) as found:
                 for result in found:
                     results.append(result)
-                complete = True
-            except KeyboardInterrupt:
-                pass  # the record says that it is not complete
+            complete = True
+        except KeyboardInterrupt:
+            pass  # the record says that it is not complete
         end = footer(
             self.header, results, allowed_skips=self._allowed, duration_s=time.monotonic() - begun, complete=complete
         )

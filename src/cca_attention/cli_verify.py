@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,13 +201,15 @@ def _run(
     from .ci.verdict import read_allowed, read_expected
     from .verify.session import Session
 
-    words = Console(stderr=True, quiet=quiet)
     session = Session(
         units, layers, use_gpu=use_gpu, jobs=jobs, settings=settings, expected=read_expected(),
         allowed_skips=read_allowed(),
     )  # fmt: skip
-    words.print(session.announcement(), markup=False, highlight=False, soft_wrap=True)
-    return session.run(words)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI system's time-out is an interrupt too
+    try:
+        return session.run(Console(stderr=True, quiet=quiet))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _conclude(record: Record, json_path: Path | None, junit: Path | None) -> int:
