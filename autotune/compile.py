@@ -25,7 +25,7 @@ from triton.runtime import driver
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from .binary import Resources, read_resources
-from .traits import Traits, read_traits
+from .traits import UNKNOWN, Traits, read_traits
 
 META = torch.device("meta")
 
@@ -191,7 +191,8 @@ def sketch(module: str, name: str, problem: Problem, configs: tuple[Config, ...]
         for call in calls:
             identity = call.tile_identity
             if identity not in _known_traits:
-                _known_traits[identity] = read_traits(_triton_ir(call))
+                # a kernel in Gluon is for one GPU, and timed there: it has no Triton IR to be modelled by
+                _known_traits[identity] = UNKNOWN if call.kernel.is_gluon() else read_traits(_triton_ir(call))
             x, y, z = (*call.grid, 1, 1)[:3]
             launches.append(Launch(call.name, (x, y, z), _known_traits[identity]))
         digest = hashlib.sha256(repr([call.identity for call in calls]).encode())

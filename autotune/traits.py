@@ -37,6 +37,9 @@ class Traits:
     live_bytes: int
 
 
+UNKNOWN = Traits(0.0, 0, 0.0, 0, 0)
+
+
 @dataclass
 class _Loop:
     """`carried`: shapes and element types carried on; `dots`: rows, columns, inner; `loads`: shapes and bytes."""

@@ -141,7 +141,8 @@ class Tunable:
     """One kernel as the tuner, the verifier and the offline compiler see it.
 
     `launch(problem, tensors, config)` launches on what `allocate` made; on the meta device, under the offline
-    compiler's driver, the same call only compiles.
+    compiler's driver, the same call only compiles. `archs`: the architectures that it is for, which the interpreter
+    then does not run; none if it is portable.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Tunable:
     launch: Callable[[Problem, dict[str, Tensor], Any], None]
     work: Callable[[Problem, Config], Work]
     kernels: tuple[Any, ...]
+    archs: tuple[str, ...] = ()
 
     REGISTRY: ClassVar[dict[str, Tunable]] = {}
 

@@ -15,11 +15,14 @@ from ..kernels import primitives
 from ..kernels.tunable import Config, Tunable
 
 
-def tunables() -> Mapping[str, Tunable]:
-    """Every tunable by name: importing a module of `kernels` registers those that it defines."""
+def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
+    """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture.
+
+    Importing a module of `kernels` registers those that it defines.
+    """
     for module in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{module.name}")
-    return Tunable.REGISTRY
+    return {name: tunable for name, tunable in Tunable.REGISTRY.items() if not tunable.archs or arch in tunable.archs}
 
 
 def as_config(kernel: str, values: Mapping[str, int]) -> Config:
@@ -28,7 +31,9 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
     Raises:
         ValueError: for a kernel that there is not, or fields that are not exactly those of its config.
     """
-    known = Tunable.REGISTRY if kernel in Tunable.REGISTRY else tunables()
+    if kernel not in Tunable.REGISTRY:
+        tunables()
+    known = Tunable.REGISTRY
     if kernel not in known:
         raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(sorted(known))}")
     config = known[kernel].config
@@ -41,8 +46,10 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
 
 @cache
 def source_hash(kernel: str) -> str:
-    """sha256 of what defines `kernel`: the file of its config and launcher, and the primitives that all share."""
+    """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others."""
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
-    digest = hashlib.sha256(source.read_bytes())
-    digest.update(Path(primitives.__file__).read_bytes())
+    shared = [Path(primitives.__file__), *source.parent.glob("pipeline.py")]
+    digest = hashlib.sha256()
+    for path in (source, *shared):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -181,7 +181,9 @@ ARROWS: dict[str, set[str]] = {
     "ci": FRONT | {"__init__", "verify", "autotune"},
     "cli": FRONT | {"__init__", "verify", "autotune", "ci"},
 }
-SHARED_BY_KERNELS = {"primitives", "tunable", "layout"}
+SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline"}
+STANDS_IN_FOR = {"hopper.forward": "forward", "hopper.backward_dcore": "backward_dkv"}
+"""Kernels for one architecture: they share the work and the tensors of the portable kernel that they stand in for."""
 
 
 def modules() -> dict[str, Path]:
@@ -220,8 +222,10 @@ def crossed_arrows(module: str, source: str) -> Iterator[str]:
             target = below[0] if below and below[0] in ARROWS else "__init__"
             if target not in ARROWS[layer] | {layer}:
                 yield f"{module} imports {name}"
-            in_kernels = layer == target == "kernels" and inner != "__init__"
-            if in_kernels and below[1] not in SHARED_BY_KERNELS:
+            in_kernels = layer == target == "kernels" and not inner.endswith("__init__")
+            imported = ".".join(below[1:])
+            shared = SHARED_BY_KERNELS | {STANDS_IN_FOR.get(inner, "tunable")}
+            if in_kernels and not any(f"{imported}.".startswith(f"{part}.") for part in shared):
                 yield f"{module} imports {name}, another kernel file"
 
 

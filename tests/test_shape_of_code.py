@@ -50,14 +50,14 @@ Finding = tuple[int, str]  # the line, and what is wrong there
 
 
 def is_kernel(function: Function) -> bool:
-    """Whether Triton compiles it: `@triton.jit`, `@jit`, with or without arguments."""
+    """Whether Triton or Gluon compiles it: `@triton.jit`, `@gluon.jit`, `@jit`, with or without arguments."""
     names = (ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list)
-    return any(name in ("triton.jit", "jit") for name in names)
+    return any(name in ("triton.jit", "gluon.jit", "jit") for name in names)
 
 
 def is_constexpr(annotation: ast.expr | None) -> bool:
     """Whether a name so annotated is known when the kernel is compiled."""
-    return annotation is not None and ast.unparse(annotation) == "tl.constexpr"
+    return annotation is not None and ast.unparse(annotation) in ("tl.constexpr", "gl.constexpr")
 
 
 def parameters(function: Function) -> list[ast.arg]:

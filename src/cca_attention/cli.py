@@ -171,14 +171,15 @@ def _request(
     from .autotune.progress import Request
     from .profiles.configs import tunables
 
-    known = tunables()
-    names = list(known) if kernels == "all" else [name.strip() for name in kernels.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        raise Refused(f"--kernels: there is no kernel {', '.join(unknown)}; there are {', '.join(known)}")
     try:
         at_hand = device_at_hand() == device
     except LookupError:
         at_hand = False  # a GPU that the table does not have is not the one asked for
+    # kernels for one architecture can be verified on it only
+    known = tunables(device.arch if at_hand else None)
+    names = list(known) if kernels == "all" else [name.strip() for name in kernels.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise Refused(f"--kernels: there is no kernel {', '.join(unknown)}; there are {', '.join(known)}")
     return Request(
         device=device,
         problem=problem,

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .kernels import hopper
 from .kernels.backward_dkv import launch_backward_dcore, launch_backward_dkv
 from .kernels.backward_dq import launch_backward_dq, launch_delta
 from .kernels.forward import forward_kernel, launch_forward
@@ -117,7 +118,11 @@ def attend(
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
     else:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
-    launch_forward(q, k, v, k_core, v_core, out, lse, spec=spec, sequences=sequences, config=configs["forward"])
+    tensors = (q, k, v, k_core, v_core, out)
+    if hopper.usable(sequences, *tensors):
+        hopper.forward.launch_forward_hopper(*tensors, lse, spec=spec, config=configs["forward_hopper"])
+    else:
+        launch_forward(*tensors, lse, spec=spec, sequences=sequences, config=configs["forward"])
     return out, lse
 
 
@@ -155,11 +160,8 @@ def backward(
     empty = torch.empty_like if sequences.table is None else torch.zeros_like
     delta = torch.empty_like(lse)
     launch_delta(out, dout, dlse, delta)
-    dk_core, dv_core = torch.empty_like(k_core, dtype=lse.dtype), torch.empty_like(v_core, dtype=lse.dtype)
+    dk_core, dv_core = core_gradients(q, k_core, v_core, dout, lse, delta, spec, sequences, configs)
     call: dict[str, Any] = {"spec": spec, "sequences": sequences}
-    launch_backward_dcore(
-        q, k_core, v_core, dout, lse, delta, dk_core, dv_core, config=configs["backward_dcore"], **call
-    )
     dq, dk, dv = empty(q), empty(k), empty(v)
     pool_delta = torch.empty_like(pool_lse)
     if spec.pooling != "mean":
@@ -173,3 +175,26 @@ def backward(
     )  # fmt: skip
     launch_backward_dq(q, k, v, k_core, v_core, dout, lse, delta, dq, config=configs["backward_dq"], **call)
     return dq, dk, dv
+
+
+def core_gradients(
+    q: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    spec: CCASpec,
+    sequences: Sequences,
+    configs: Configs,
+) -> tuple[Tensor, Tensor]:
+    """(dk_core, dv_core) in lse's dtype: what arrives at the cores, before it goes on to their groups."""
+    tensors = (q, k_core, v_core, dout)
+    grads = tuple(torch.empty_like(x, dtype=lse.dtype) for x in (k_core, v_core))
+    if hopper.usable(sequences, *tensors):
+        config = configs["backward_dcore_hopper"]
+        hopper.backward_dcore.launch_backward_dcore_hopper(*tensors, lse, delta, *grads, spec=spec, config=config)
+    else:
+        config = configs["backward_dcore"]
+        launch_backward_dcore(*tensors, lse, delta, *grads, spec=spec, sequences=sequences, config=config)
+    return grads[0], grads[1]

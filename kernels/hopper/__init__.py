@@ -1,0 +1,14 @@
+"""Kernels for Hopper (sm_90), written in Gluon: one warp feeds tiles by TMA to two groups of four that compute.
+
+They give what the portable kernels of the same name give and take over from them where `usable` says so. Gluon is an
+experimental part of Triton, so only the releases that this was tested with are used; there is no interpreter for it.
+"""
+
+from .limits import SUPPORTED, usable
+
+__all__ = ["SUPPORTED", "usable"]
+
+if SUPPORTED:
+    from . import backward_dcore, forward
+
+    __all__ += ["backward_dcore", "forward"]

@@ -1,0 +1,55 @@
+"""When the kernels for Hopper take a call."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ...problem import Problem
+from ..layout import Sequences
+
+ARCH = "sm_90"
+HEAD_DIMS = (64, 128)
+SUPPORTED = isinstance(triton.language.sum, triton.JITFunction) and triton.__version__.split(".")[:2] in (
+    ["3", "6"],
+    ["3", "7"],
+)
+"""Whether this Triton is one of the tested releases, and not interpreting."""
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why none of these kernels can run `problem`, or None."""
+    if problem.element_bytes != 2:
+        return f"dtype {problem.dtype}: the kernels for Hopper take float16 and bfloat16"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"head_dim {problem.head_dim}: the kernels for Hopper take 64 and 128"
+    return None
+
+
+def usable(sequences: Sequences, *tensors: Tensor) -> bool:
+    """Whether these kernels can take a call: dense sequences on a Hopper GPU, in memory that TMA can address.
+
+    tensors: (B, H, T, D) of one dtype. TMA wants 16-byte aligned addresses and strides, and no length or stride of 0.
+    """
+    first = tensors[0]
+    return (
+        SUPPORTED
+        and _is_hopper(first.device)
+        and sequences.table is None
+        and first.element_size() == 2
+        and first.shape[3] in HEAD_DIMS
+        and all(map(_addressable, tensors))
+    )
+
+
+def _addressable(x: Tensor) -> bool:
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.data_ptr() % 16 == 0 and 0 not in x.shape and all(s > 0 and s % 16 == 0 for s in strides)

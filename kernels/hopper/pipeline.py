@@ -1,0 +1,49 @@
+"""What the kernels for Hopper share: tensor descriptors, and rings of tiles between feeding and computing warps."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+FEEDER_REGISTERS, COMPUTE_REGISTERS = 24, 240
+
+
+def describe(x: Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor of `x` (B, H, T, D) for tiles of `rows` rows of one head; rows past the end read as zero."""
+    block = [1, 1, rows, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; 132, an H100's, for the meta device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@gluon.jit
+def barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    """NUM barriers in shared memory, each of which completes after so many arrivals."""
+    found = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found
+
+
+@gluon.jit
+def slot(count, NUM: gl.constexpr):
+    """(place in a ring of NUM, parity of the turn) of the tile number `count`."""
+    return count % NUM, (count // NUM) & 1
+
+
+@gluon.jit
+def turn_of(item):
+    """How many items this program has had before `item`: it takes every `num_programs`-th one."""
+    return item // gl.num_programs(0)
