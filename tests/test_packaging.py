@@ -179,7 +179,7 @@ ARROWS: dict[str, set[str]] = {
     "verify": FRONT | {"__init__"},
     "autotune": FRONT | {"__init__", "verify"},
     "ci": FRONT | {"__init__", "verify", "autotune"},
-    "cli": FRONT | {"__init__", "verify", "autotune", "ci"},
+    **dict.fromkeys(("cli", "cli_verify", "pytest_plugin"), FRONT | {"__init__", "verify", "autotune", "ci"}),
 }
 SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline"}
 STANDS_IN_FOR = {"hopper.forward": "forward", "hopper.backward_dcore": "backward_dkv"}
