@@ -70,14 +70,14 @@ def small(*, dtype: str = "float32", more: dict[str, Any] | None = None, **probl
         more: arguments of `Case`. problem: of `Problem`.
     """
     shape: dict[str, Any] = {
-        "batch": 2, "q_heads": 2, "kv_heads": 2, "seq_len": 29, "head_dim": 16, "group_size": 4, "window_size": 6,
+        "batch": 1, "q_heads": 2, "kv_heads": 2, "seq_len": 29, "head_dim": 16, "group_size": 4, "window_size": 6,
     }  # fmt: skip
     problem_of_it = Problem(**{**shape, "dtype": dtype, **problem})
     return Case(**{"problem": problem_of_it, "schedule": same_tiles(16, 16), **(more or {})})
 
 
 BASE = small()
-STEPS = small(seq_len=19, group_size=3, window_size=4, q_heads=1, kv_heads=1)
+STEPS = small(batch=2, seq_len=19, group_size=3, window_size=4, q_heads=1, kv_heads=1)
 """For the checks that feed a cache, which launch many times."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant, Patch, fault, small
 from .mutants_forward import FORWARD_FILE, POOLING, PRIMITIVES, RESCALE, STRIDES
 
-WIDE = small(batch=1, q_heads=5, kv_heads=5, seq_len=5, group_size=2, window_size=1, dtype="float16")
+WIDE = small(q_heads=5, kv_heads=5, seq_len=5, group_size=2, window_size=1, dtype="float16")
 GROUPED = small(q_heads=6)
 V_HEAD = "v_at = offset((batch, head // q_per_kv, k_base), v_strides)"
 K_HEAD = "k_at = offset((batch, head // q_per_kv, k_base), k_strides)"
@@ -51,6 +51,7 @@ LAYOUT: dict[str, Mutant] = {
         "the values are those of another row of the batch",
         Patch(FORWARD_FILE, V_HEAD, V_HEAD.replace("batch,", "tl.num_programs(2) - 1 - batch,")),
         check="forward_equals_oracle",
+        case=small(batch=2),
     ),
     "strides_of_heads_and_tokens_exchanged": fault(
         "F14",

@@ -57,7 +57,7 @@ EIGHT: dict[str, Mutant] = {
             ),
         ),
         check="backward_equals_oracle",
-        case=small(seq_len=41, batch=1, group_size=2),
+        case=small(seq_len=41, group_size=2),
     ),
     "training_rounds_the_number_of_groups": Mutant(
         id="5",
@@ -98,7 +98,7 @@ EIGHT: dict[str, Mutant] = {
             ),
         ),
         check="forward_equals_oracle",
-        case=small(more={"bounds": ((0, 20), (9, 29))}),
+        case=small(batch=2, more={"bounds": ((0, 20), (9, 29))}),
     ),
     "several_tokens_a_step_see_alike": Mutant(
         id="7",
@@ -137,9 +137,7 @@ EIGHT: dict[str, Mutant] = {
             ),
         ),
         check="schedule_is_used",
-        case=small(
-            seq_len=41, batch=1, more={"schedule": Schedule({"forward": ForwardConfig(block_q=16, block_k=16)})}
-        ),
+        case=small(seq_len=41, more={"schedule": Schedule({"forward": ForwardConfig(block_q=16, block_k=16)})}),
     ),
     "float32_through_float16": Mutant(
         id="8",

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from .. import fused
 from ..attention import cca_attention
 from ..kernels.forward import ForwardConfig
+from ..problem import Problem
 from ..profiles.schema import Entry, Semantics
 from . import gate, shadow
 from .calls import feed, make_cache, oracle, run
@@ -121,7 +122,8 @@ def gate_refuses(case: Case) -> list[Comparison]:
 
 def wrong_launches() -> dict[str, Launch]:
     """Forward launches that nobody may let through."""
-    right, kept = fused.launch_forward, {}
+    right: Launch = vars(fused)["launch_forward"]
+    kept: dict[Any, Tensor] = {}
 
     def after(change: Callable[..., object]) -> Launch:
         def launch(*tensors: Tensor, **options: Any) -> None:
@@ -168,13 +170,11 @@ def oracle_is_independent(case: Case) -> list[Comparison]:
 def configs_are_keyed(case: Case) -> list[Comparison]:
     """Problems that differ in anything have other names, and no config is for another dtype, head_dim or semantics."""
     p = case.problem
-    others = [
-        replace(p, **{name: value})
-        for name, value in {
-            "batch": 7, "q_heads": 8, "kv_heads": 1, "seq_len": 77, "head_dim": 77, "group_size": 7,
-            "window_size": 77, "core_heads": "kv", "pooling": "mean", "dtype": "float16",
-        }.items()
-    ]  # fmt: skip
+    changes: dict[str, Any] = {
+        "batch": 7, "q_heads": 8, "kv_heads": 1, "seq_len": 77, "head_dim": 77, "group_size": 7, "window_size": 77,
+        "core_heads": "kv", "pooling": "mean", "dtype": "float16",
+    }  # fmt: skip
+    others = [Problem(**{**p.as_dict(), name: value}) for name, value in changes.items()]
     results = [found(f"name of {other}", str(other) != str(p), f"that of {p}") for other in others]
     entry = Entry.model_construct(problem=p)
     for other in (replace(p, dtype="float16"), replace(p, head_dim=77)):
