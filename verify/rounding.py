@@ -44,22 +44,25 @@ class Precision:
         store: of outputs and stored core tokens.
         cast: of probabilities and score gradients as operands of a matrix product; 0 where nothing is cast.
         floor: absolute error of one such cast or store, half the smallest subnormal.
+        flush: below it an exponential or a product may be 0, the smallest normal number of the accumulators' type.
     """
 
     wide: float
     store: float
     cast: float
     floor: float
+    flush: float
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Precision:
         """The kernels' path for inputs of `dtype`."""
         unit = ROUNDOFF[dtype]
         floor = float(torch.finfo(dtype).smallest_normal) * unit
+        flush = float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal)
         if dtype in (torch.float32, torch.float64):
-            return cls(wide=unit, store=unit, cast=0.0, floor=floor)
+            return cls(wide=unit, store=unit, cast=0.0, floor=floor, flush=flush)
         # tensor cores may truncate where they add: one unit more than rounding to nearest
-        return cls(wide=2 * ROUNDOFF[torch.float32], store=unit, cast=unit, floor=floor)
+        return cls(wide=2 * ROUNDOFF[torch.float32], store=unit, cast=unit, floor=floor, flush=flush)
 
     @property
     def second_order(self) -> float:
@@ -170,7 +173,7 @@ class ErrorModel:
         p, weights = self.precision, self.weights[..., None]
         size, core = (weights * members.abs()).sum(-2), (weights * members).sum(-2)
         total: Tensor = p.summing(self.spec.group_size) * size + p.store * core.abs() + p.floor
-        return total
+        return total + p.flush * (members.abs() + 1).sum(-2)
 
     def _core_error(self, members: Tensor) -> Tensor:
         """Error of stored core tokens [B, Hc, C, D]; that of the weights moves them within their members' spread."""
@@ -222,11 +225,11 @@ class ErrorModel:
         self.probs, self._lse = seen.softmax(-1), seen.logsumexp(-1)
         self._out = self.probs @ self.values
         shrunk = (self.probs * (-self.score_error).exp()).sum(-1, keepdim=True)
-        self.prob_error = self.probs * torch.expm1(self.score_error) / shrunk
+        self.prob_error = self.probs * torch.expm1(self.score_error) / shrunk + p.flush * self.visible
         centre = self.values.mean(2, keepdim=True)
         moved = self.prob_error @ (self.values - centre).abs()
         moved += self.prob_error.sum(-1, True) * (self._out - centre).abs()
-        self.out_rounding = p.summing(count) * (self.probs @ self.values.abs()) + 2 * p.floor
+        self.out_rounding = p.summing(count) * (self.probs @ self.values.abs()) + 2 * p.floor + count * p.flush
         self.out_rounding += p.floor * (self.visible.double() @ self.values.abs()) + p.store * self._out.abs()
         cast = p.cast * (self.probs @ self.values.abs())
         self._out_error = moved + cast + (self.probs + self.prob_error) @ self.value_error + self.out_rounding

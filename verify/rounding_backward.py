@@ -45,7 +45,8 @@ class Backward:
         self.mean_dprobs = (forward.probs * self.dprobs).sum(-1, True)
         self.delta = self.mean_dprobs - self.dlse[..., None]
         again = torch.expm1(forward.score_error + forward.lse.bound[..., None]) * forward.visible
-        self.prob_error = forward.probs * again  # of the probabilities as the backward recomputes them
+        # of the probabilities as the backward recomputes them
+        self.prob_error = forward.probs * again + self.p.flush * forward.visible
         self.ds = self._score_gradient()
         # of adding up what all queries of a key/value head give to each key
         rows = forward.visible.sum(0) * (forward.heads // forward.k.shape[1])
@@ -71,7 +72,8 @@ class Backward:
 
     def _stored(self, x: Bounded, parts: Tensor | float = 0.0) -> Bounded:
         p = self.p
-        return Bounded(x.value, (x.bound + p.store * (x.value.abs() + parts) + 2 * p.floor) * p.second_order)
+        lost = 2 * p.floor + self.dout.shape[1] * self.f.visible.numel() * p.flush
+        return Bounded(x.value, (x.bound + p.store * (x.value.abs() + parts) + lost) * p.second_order)
 
     def _score_gradient(self) -> Bounded:
         """dS [B, Hq, T, N] as an operand of the products that follow."""
@@ -86,7 +88,7 @@ class Backward:
         ds = f.probs * (dprobs - delta)
         error = self.prob_error * (dprobs - delta).abs() + (f.probs + self.prob_error) * (dprobs_error + delta_error)
         error += f.probs * 4 * p.wide * (dprobs.abs() + delta.abs())
-        return Bounded(ds, error + p.cast * ds.abs() + p.floor * f.visible)
+        return Bounded(ds, error + p.cast * ds.abs() + (p.floor + p.flush) * f.visible)
 
     def _query_gradient(self) -> Bounded:
         f, ds, count = self.f, self.ds, self.f.visible.sum(-1, keepdim=True)
@@ -133,7 +135,7 @@ class Backward:
 
     def _through_pooling(self, dk_core: Bounded, dv_core: Bounded) -> tuple[Bounded, Bounded, Bounded]:
         """What arrives at the cores [B, Hc, C, D], passed on to q_score [B, Hc, C, D] and to k, v [B, Hc, C, g, D]."""
-        f, adding = self.f, self.p.summing(self.f.spec.group_size)
+        f, adding, lost = self.f, self.p.summing(self.f.spec.group_size), self.p.flush
         (k, v), weights, again = f.member_rows, f.weights[..., None], f.weight_error_again[..., None]
         dk, dv = (Bounded(x.value[..., None, :], x.bound[..., None, :]) for x in (dk_core, dv_core))
         da = (dk.value * k + dv.value * v).sum(-1, True)  # [B, Hc, C, g, 1]
@@ -143,10 +145,12 @@ class Backward:
         mean_error = (weights * (again * (da - mean).abs() + da_error)).sum(-2, True)
         ds = weights * (da - mean) * f.uses_query
         moved = again * (da - mean).abs() + da_error + mean_error + adding * (da.abs() + mean_size)
-        ds_error = weights * moved * f.uses_query + adding * ds.abs()
+        ds_error = (weights * moved + lost * (da - mean).abs()) * f.uses_query + adding * ds.abs()
         q, q_size = f.q_score[..., None, :], f.q_score_size[..., None, :]
-        dk_error = weights * ((again + adding) * dk.value.abs() + dk.bound) + f.scale * ds_error * q_size
-        dv_error = weights * ((again + adding) * dv.value.abs() + dv.bound)
+        dk_error, dv_error = (
+            weights * ((again + adding) * x.value.abs() + x.bound) + lost * x.value.abs() for x in (dk, dv)
+        )
+        dk_error = dk_error + f.scale * ds_error * q_size
         return (
             Bounded(f.scale * (ds * k).sum(-2), f.scale * (ds_error * k.abs()).sum(-2)),
             Bounded(weights * dk.value + f.scale * ds * q, dk_error),

@@ -21,6 +21,7 @@ from .rounding_backward import Backward, Gradients, sum_heads
 SIGMAS = 7.0
 """Standard deviations that a bound is: with 10^9 elements, fewer than 10^-2 false alarms of normal errors."""
 
+CANCELLED = 2.0**-48  # of a sum of squares, that float64 leaves where they cancel
 MAX_EXPONENT = 50.0  # where the bound is the rigorous one anyway, and nothing overflows
 
 
@@ -40,7 +41,8 @@ class _Rounding:
 
     def __init__(self, model: ErrorModel) -> None:
         p = model.precision
-        self.wide, self.store, self.cast, self.floor = (x**2 / 3 for x in (p.wide, p.store, p.cast, p.floor))
+        self.wide, self.store, self.cast = (x**2 / 3 for x in (p.wide, p.store, p.cast))
+        self.floor, self.flush = p.floor**2 / 3 + p.flush**2, p.flush**2
         self.second_order = p.second_order
 
     def adding(self, terms: Tensor | int, size: Tensor) -> Tensor:
@@ -80,6 +82,7 @@ class _Forward:
             core = (f.weights[..., None] * members).sum(-2)
             size = (f.weights[..., None] * members.abs()).sum(-2)
             rounding = self.r.store * core.square() + self.r.adding(g, size) + self.r.floor
+            rounding += self.r.flush * members.square().sum(-2)
             spread = (moved[..., None] * (members - core[..., None, :]).square()).sum(-2)
             roundings.append(rounding)
             totals.append(rounding + spread)
@@ -112,9 +115,10 @@ class _Forward:
         f, r, exact = self.f, self.r, self.f.out
         centre = f.values.mean(2, keepdim=True)
         values, mean = f.values - centre, exact.value - centre
-        moved = self.prob @ values.square() - 2 * mean * (self.prob @ values) + self.prob.sum(-1, True) * mean.square()
+        squares = self.prob @ values.square() + self.prob.sum(-1, True) * mean.square()
+        moved = (squares - 2 * mean * (self.prob @ values)).clamp(min=0) + CANCELLED * squares
         weighted = f.probs * f.scores.masked_fill(~f.visible, 0.0)
-        moved = moved.clamp(min=0) + 4 * r.wide * (weighted @ values - weighted.sum(-1, True) * mean).square()
+        moved += 4 * r.wide * (weighted @ values - weighted.sum(-1, True) * mean).square()
         cast = r.cast * (f.probs.square() @ f.values.square() + sum(x.square() for x in self.parts))
         cast += r.floor * (f.visible.double() @ f.values.square())
         stored = f.probs.square() @ self.value + r.store * self.parts[0].square()
@@ -125,7 +129,8 @@ class _Forward:
 def bounded(rigorous: Bounded, model: ErrorModel, variance: Tensor, stores: Tensor) -> Bounded:
     """`rigorous` with a bound from `variance` and one rounding of each of the magnitudes that `stores` adds up."""
     p = model.precision
-    bound = (p.store * stores + 2 * p.floor + SIGMAS * variance.sqrt()) * p.second_order
+    lost = 2 * p.floor + model.heads * model.visible.numel() * p.flush
+    bound = (p.store * stores + lost + SIGMAS * variance.sqrt()) * p.second_order
     return Bounded(rigorous.value, torch.minimum(bound, rigorous.bound))
 
 
@@ -251,11 +256,12 @@ class _Backward:
         arrived = self._weight_gradient() + self._rounded_weight_gradient(dk, dv)
         added = self.r.adding(f.spec.group_size, da.abs() + size)
         mean_var = (weights.square() * moved).sum(-1, True)
-        ds_var = (weights.square() * (moved + mean_var + arrived + added) * f.uses_query)[..., None]
+        ds_var = weights.square() * (moved + mean_var + arrived + added) + self.r.flush * (da.square() + size.square())
+        ds_var = (ds_var * f.uses_query)[..., None]
         dq = f.scale**2 * (ds_var.sqrt() * k.abs()).sum(-2).square()
         again = (again + self.r.adding(f.spec.group_size, torch.ones_like(again)))[..., None]
         dk_members, dv_members = (
-            weights[..., None].square() * (again * x.square() + var)
+            weights[..., None].square() * (again * x.square() + var) + self.r.flush * x.square()
             for x, var in ((dk[..., None, :], dk_var[..., None, :]), (dv[..., None, :], dv_var[..., None, :]))
         )
         q_size = f.q_score_size[..., None, :]
