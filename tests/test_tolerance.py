@@ -64,6 +64,19 @@ def test_the_worst_element_and_its_budget_use_are_reported() -> None:
     assert "0.5 at (1, 1)" in str(found)
 
 
+def test_what_was_judged_at_the_worst_element_is_reported() -> None:
+    expected = Bounded(torch.tensor([1.0, 100.0]), torch.tensor([0.5, 10.0]))
+    found = compare("x", torch.tensor([1.25, 102.0]), expected)
+    assert (found.level, found.worst_index, found.max_abs_error) == ("rigorous", (0,), 2.0)
+    assert found.terms == {"actual": 1.25, "expected": 1.0, "error": 0.25, "bound": 0.5}
+    suspicious = compare("x", torch.tensor([2.0, 100.0]), expected, level="statistical")
+    assert (suspicious.level, suspicious.ok) == ("statistical", False)
+    assert str(suspicious).startswith("x (statistical): FAILED, budget use 2 at (0,)")
+    bits = compare_bitwise("x", torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0]))
+    assert (bits.level, bits.max_abs_error) == ("bitwise", 1.0)
+    assert bits.terms == {"actual": 3.0, "expected": 2.0, "error": 1.0}
+
+
 def test_nothing_compared_is_said() -> None:
     found = compare("x", torch.empty(0, 3), Bounded(torch.empty(0, 3), torch.empty(0, 3)))
     assert (found.ok, found.empty) == (True, True)

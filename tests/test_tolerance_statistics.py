@@ -60,6 +60,26 @@ def test_casts_of_probabilities_raise_no_suspicion(family: str, dtype: str) -> N
             assert comparison.ok, str(comparison)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "family", "seed", "shape"),
+    [
+        # probabilities below the smallest normal float32
+        ("float32", "falling", 277510918, {"seq_len": 7, "head_dim": 40, "group_size": 24}),
+        ("float32", "falling", 37421298, {"q_heads": 1, "kv_heads": 1, "seq_len": 130, "head_dim": 64, "group_size": 8}),
+        # an output that is 10^-16 of the values
+        ("bfloat16", "sparse_values", 606741095, {"batch": 1, "q_heads": 8, "seq_len": 130, "head_dim": 128,
+                                                  "group_size": 8, "window_size": 40}),
+    ],
+)  # fmt: skip
+def test_underflow_and_cancellation_raise_no_suspicion(
+    dtype: str, family: str, seed: int, shape: dict[str, Any]
+) -> None:
+    """Found by drawing cases at random: the bounds knew nothing of exponentials that underflow."""
+    case = replace(make(dtype, family, seed, core_heads="kv", **shape), scale=1.0)
+    comparisons = levels.every_level(case)
+    assert all(c.ok for c in comparisons), "\n".join(map(str, comparisons))
+
+
 def test_packed_and_padded_sequences_are_judged_one_by_one() -> None:
     packed = replace(make("float16", batch=1, seq_len=40), lengths=(0, 23, 1, 16))
     padded = replace(make("bfloat16", seq_len=20), bounds=((0, 13), (5, 20)))
