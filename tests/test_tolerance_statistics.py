@@ -65,7 +65,8 @@ def test_casts_of_probabilities_raise_no_suspicion(family: str, dtype: str) -> N
     [
         # probabilities below the smallest normal float32
         ("float32", "falling", 277510918, {"seq_len": 7, "head_dim": 40, "group_size": 24}),
-        ("float32", "falling", 37421298, {"q_heads": 1, "kv_heads": 1, "seq_len": 130, "head_dim": 64, "group_size": 8}),
+        ("float32", "falling", 37421298, {"q_heads": 1, "kv_heads": 1, "seq_len": 130, "head_dim": 64,
+                                          "group_size": 8}),
         # an output that is 10^-16 of the values
         ("bfloat16", "sparse_values", 606741095, {"batch": 1, "q_heads": 8, "seq_len": 130, "head_dim": 128,
                                                   "group_size": 8, "window_size": 40}),
