@@ -18,6 +18,8 @@ SUPPORTED = isinstance(triton.language.sum, triton.JITFunction) and triton.__ver
     ["3", "7"],
 )
 """Whether this Triton is one of the tested releases, and not interpreting."""
+LEAST_FLOPS = 1e11
+"""Below this, what the host takes to describe the tensors to TMA, about 0.1 ms, is more than the GPU saves."""
 
 
 @lru_cache
@@ -34,16 +36,18 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def usable(sequences: Sequences, *tensors: Tensor) -> bool:
-    """Whether these kernels can take a call: dense sequences on a Hopper GPU, in memory that TMA can address.
+def usable(sequences: Sequences, flops: float, *tensors: Tensor) -> bool:
+    """Whether these kernels should take a call: dense sequences on a Hopper GPU, in memory that TMA can address.
 
-    tensors: (B, H, T, D) of one dtype. TMA wants 16-byte aligned addresses and strides, and no length or stride of 0.
+    flops: about what the call does. tensors: (B, H, T, D) of one dtype. TMA wants 16-byte aligned addresses and
+    strides, and no length or stride of 0.
     """
     first = tensors[0]
     return (
         SUPPORTED
         and _is_hopper(first.device)
         and sequences.table is None
+        and flops >= LEAST_FLOPS
         and first.element_size() == 2
         and first.shape[3] in HEAD_DIMS
         and all(map(_addressable, tensors))

@@ -119,7 +119,8 @@ def attend(
     else:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
     tensors = (q, k, v, k_core, v_core, out)
-    if hopper.usable(sequences, *tensors):
+    seen = min(q.shape[2] / 2, spec.window_size + q.shape[2] / (2 * spec.group_size))  # keys of a query, on average
+    if hopper.usable(sequences, 4.0 * q.numel() * seen, *tensors):
         hopper.forward.launch_forward_hopper(*tensors, lse, spec=spec, config=configs["forward_hopper"])
     else:
         launch_forward(*tensors, lse, spec=spec, sequences=sequences, config=configs["forward"])
@@ -191,7 +192,7 @@ def core_gradients(
     """(dk_core, dv_core) in lse's dtype: what arrives at the cores, before it goes on to their groups."""
     tensors = (q, k_core, v_core, dout)
     grads = tuple(torch.empty_like(x, dtype=lse.dtype) for x in (k_core, v_core))
-    if hopper.usable(sequences, *tensors):
+    if hopper.usable(sequences, 4.0 * q.numel() * k_core.shape[2], *tensors):
         config = configs["backward_dcore_hopper"]
         hopper.backward_dcore.launch_backward_dcore_hopper(*tensors, lse, delta, *grads, spec=spec, config=config)
     else:
