@@ -24,20 +24,20 @@ from .strategies import REQUIRED, cases, classes
 from .tolerance import Comparison
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "pr": {"derandomize": True, "database": None, "max_examples": 5},
+    "pr": {"derandomize": True, "database": None, "max_examples": 12},
     "nightly": {"max_examples": 2000, "print_blob": True},
     "mutants": {
         "derandomize": True,
         "database": None,
         "max_examples": 25,
         "phases": (Phase.explicit, Phase.generate),
-        "report_multiple_bugs": False,
     },
 }
 """Settings of hypothesis by name: short and always the same; long and new each time; to the first failure, as it is."""
 COMMON: dict[str, Any] = {
     "deadline": None,  # the interpreter's first call of a kernel takes many times what others do
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    "report_multiple_bugs": False,
 }
 EMPTY = "compares nothing"
 """The class of cases on which a check had nothing to compare."""
@@ -108,16 +108,19 @@ def run_property(
     """
     if seed is None:
         seed = zlib.crc32(check_name.encode()) if derandomize else secrets.randbits(64)
-    run = _Run(check_name)
-    phases = [Phase.explicit, Phase.reuse, Phase.generate, Phase.target, *([Phase.shrink] if shrink else [])]
+    run, drawn = _Run(check_name), cases(check_name, device=device, dtypes=dtypes)
+    # what is derandomised must depend on nothing but the seed: neither on what it finds, nor on earlier runs
+    phases = [
+        Phase.generate,
+        *([] if derandomize else [Phase.reuse, Phase.target]),
+        *([Phase.shrink] if shrink else []),
+    ]
     database = None if derandomize else DirectoryBasedExampleDatabase(".hypothesis/examples")
-    drawn = hypothesis.given(case=cases(check_name, device=device, dtypes=dtypes))(run.example)
-    limits = settings(
-        max_examples=examples, phases=phases, database=database, print_blob=True, report_multiple_bugs=False, **COMMON
-    )
-    began, failures = time.monotonic(), ()
+    limits = settings(max_examples=examples, phases=phases, database=database, print_blob=True, **COMMON)
+    began = time.monotonic()
+    failures: tuple[Failure, ...] = ()
     try:
-        hypothesis.seed(seed)(limits(drawn))()
+        hypothesis.seed(seed)(limits(hypothesis.given(case=drawn)(run.example)))()
     except Exception as error:  # hypothesis raises what the least failing example raised
         if run.failed is None:
             raise
@@ -125,6 +128,17 @@ def run_property(
     return PropertyResult(
         check_name, seed, run.count, run.worst, run.worst_case, failures, dict(run.classes), time.monotonic() - began
     )
+
+
+def drawn_classes(
+    check_name: str, *, examples: int, device: str = "cpu", dtypes: tuple[str, ...] | None = None
+) -> Counter[str]:
+    """How many of the cases of a derandomised run are of each class, without running them."""
+    run = _Run(check_name)
+    limits = settings(max_examples=examples, phases=[Phase.generate], database=None, **COMMON)
+    drawn = hypothesis.given(case=cases(check_name, device=device, dtypes=dtypes))(run.count_classes)
+    hypothesis.seed(zlib.crc32(check_name.encode()))(limits(drawn))()
+    return run.classes
 
 
 @dataclass
@@ -140,10 +154,7 @@ class _Run:
 
     def example(self, case: Case) -> None:
         """Run the check on one case and raise if it fails."""
-        self.count += 1
-        for name in sorted(classes(case)):
-            self.classes[name] += 1
-            hypothesis.event(name)
+        self.count_classes(case)
         try:
             with poisoned_memory(), warnings.catch_warnings():
                 # numpy's, in the interpreter, about NaN that the check planted
@@ -155,6 +166,13 @@ class _Run:
         if all(comparison.empty for comparison in comparisons):
             self.classes[EMPTY] += 1
         self._judge(case, comparisons)
+
+    def count_classes(self, case: Case) -> None:
+        """Count a case and what is special about it."""
+        self.count += 1
+        for name in sorted(classes(case)):
+            self.classes[name] += 1
+            hypothesis.event(name)
 
     def _judge(self, case: Case, comparisons: list[Comparison]) -> None:
         failed = tuple(str(comparison) for comparison in comparisons if not comparison.ok)

@@ -19,7 +19,7 @@ DTYPES = {"cpu": ("float32", "float16", "float64"), "cuda": ("bfloat16", "float1
 """What runs where, bfloat16 in no interpreter."""
 HEAD_DIMS = (16, 24, 33, 64)
 ALL_HEAD_DIMS = (16, 17, 40, 59, 64, 80, 96, 111, 128, 192, 256)
-WORK = {"forward": 64, "backward": 32, "decode": 20}
+WORK = {"forward": 60, "backward": 28, "decode": 16}
 """Tokens times heads times batch rows of the largest case, by what a check runs."""
 MANY_CALLS = frozenset(
     {
@@ -74,7 +74,7 @@ def _cases(
     kind = draw(st.sampled_from(["dense", "packed", "padded"] if any_layout else ["dense"]))
     ratio, kv_heads = draw(st.sampled_from([1, 1, 2, 2, 3, 7])), draw(st.integers(1, 2))
     kv_heads = 1 if ratio > 2 else kv_heads
-    batch = 1 if kind == "packed" else draw(st.integers(1, 2))
+    batch = 1 if kind == "packed" or ratio > 3 else draw(st.integers(1, 2))
     longest = max(FEWEST_TOKENS, work // (batch * ratio * kv_heads))
     tokens = draw(st.integers(1, longest))
     small = draw(st.sampled_from([True, True, True, False]))  # so that most cases have visible cores
@@ -96,7 +96,8 @@ def _cases(
     return Case(
         problem=problem,
         family=draw(st.sampled_from(list(FAMILIES))),
-        layout=draw(st.sampled_from(list(LAYOUTS))),
+        # rows that share their memory cannot be padded each in its own way
+        layout=draw(st.sampled_from([name for name in LAYOUTS if (kind, name) != ("padded", "expanded")])),
         lengths=lengths,
         bounds=draw(_bounds(batch, tokens)) if kind == "padded" else None,
         scale=draw(st.none() | st.sampled_from([0.05, 0.5])),
@@ -140,7 +141,7 @@ def classes(case: Case) -> frozenset[str]:
     lengths = [tokens.stop - tokens.start for _, tokens in case.sequences()]
     longest = max(lengths)
     cores = spec.visible_cores(longest - 1)
-    forward, dkv = ((case.schedule or {}).get(name) for name in ("forward", "backward_dkv"))
+    forward = case.schedule["forward"] if case.schedule else None
     block_q, block_k = (getattr(forward, name, 32) for name in ("block_q", "block_k"))
     met = {
         "partial group": any(length > p.group_size and length % p.group_size for length in lengths),
@@ -168,6 +169,6 @@ def classes(case: Case) -> frozenset[str]:
         "half precision": p.dtype in ("float16", "bfloat16"),
         "given scale": case.scale is not None,
         "default tiles": case.schedule is None,
-        "uneven tiles": dkv is not None and block_q != block_k,
+        "uneven tiles": block_q != block_k,
     }
     return frozenset(name for name, is_met in met.items() if is_met)
