@@ -135,7 +135,7 @@ def order_within_groups(case: Case) -> list[Comparison]:
     end = tokens // g * g
     order = torch.arange(tokens)
     order[:end] = order[:end].view(-1, g)[:, [*range(g - 2, -1, -1), g - 1]].flatten()
-    other = inputs._replace(k=inputs.k[:, :, order], v=inputs.v[:, :, order])
+    other = inputs._replace(q=inputs.q[:, :, order], k=inputs.k[:, :, order], v=inputs.v[:, :, order])
     rows = [i for i in range(tokens) if i >= end or (i + 1) % g == 0]
     bounds = [{n: Bounded(*(x[:, :, rows] for x in b)) for n, b in oracle(case, x).items()} for x in (inputs, other)]
     results = [{name: x[:, :, rows] for name, x in run(case, each).items()} for each in (other, inputs)]

@@ -19,19 +19,19 @@ BACKWARD: dict[str, Mutant] = {
         "the pooling weights are taken for constants",
         Patch(DKV, CORE_DS, f"{CORE_DS} * 0.0"),
         Patch(DQ, SCORED, NOT_SCORED),
-        check=CHECK,
+        check="directional_derivatives",
     ),
     "pooling_lost_for_queries": fault(
         "B2",
         "dq lacks what the pooling weights give",
         Patch(DQ, SCORED, NOT_SCORED),
-        check=CHECK,
+        check="pooling_reaches_the_last_query",
     ),
     "pooling_lost_for_keys": fault(
         "B2",
         "dk lacks what the pooling weights give",
         Patch(DKV, CORE_DS, f"{CORE_DS} * 0.0"),
-        check=CHECK,
+        check="directional_derivatives",
     ),
     "pooling_delta_counted_twice": fault(
         "B2",
@@ -43,13 +43,13 @@ BACKWARD: dict[str, Mutant] = {
         "B3",
         "the core keys pass nothing on to the keys of their groups",
         Patch(DKV, POOLED_DK, POOLED_DK.replace("weights[:, None] * dk_core + ", "")),
-        check=CHECK,
+        check="gradient_sums",
     ),
     "core_values_lost": fault(
         "B3",
         "the core values pass nothing on to the values of their groups",
         Patch(DKV, POOLED_DV, POOLED_DV.replace("weights", "0.0 * weights")),
-        check=CHECK,
+        check="gradient_sums",
     ),
     "delta_missing_in_the_first_tile": fault(
         "B4",
@@ -59,7 +59,7 @@ BACKWARD: dict[str, Mutant] = {
             "ds = probs * (dprobs - delta[None, :])",
             "ds = probs * (dprobs - tl.where(tile == 0, 0.0, delta)[None, :])",
         ),
-        check=CHECK,
+        check="gauge_of_gradients",
     ),
     "delta_missing_in_a_tile_of_keys": fault(
         "B4",
@@ -85,7 +85,7 @@ BACKWARD: dict[str, Mutant] = {
             "dk * SCALE + dk_pooled, mask_k",
             "dk * SCALE + dk_pooled * (1 + (offs_k % GROUP_SIZE == GROUP_SIZE - 1).to(tl.int32))[:, None], mask_k",
         ),
-        check=CHECK,
+        check="gradient_sums",
     ),
     "one_query_head_left_out": fault(
         "B5",
@@ -102,7 +102,7 @@ BACKWARD: dict[str, Mutant] = {
             "k_core.stride(), dout.stride(), lse.stride(), dq.stride(),",
             "k_core.stride(), dout.to('meta').contiguous().stride(), lse.stride(), dq.stride(),",
         ),
-        check=CHECK,
+        check="layout_changes_no_bit",
         case=small(more={"layout": "transposed"}),
     ),
     "dout_of_keys_assumed_contiguous": fault(

@@ -75,7 +75,7 @@ CACHE: dict[str, Mutant] = {
             "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop)",
             "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop + 1)",
         ),
-        check="decode_equals_prefill",
+        check="dropped_tokens_leave_no_nan",
         case=STEPS,
     ),
     "slot_of_the_neighbour": fault(
@@ -89,7 +89,7 @@ CACHE: dict[str, Mutant] = {
         "D5",
         "the raw tokens are those of another row of the batch",
         Patch(DECODE, RAW_HEAD, RAW_HEAD.replace("(batch,", "(tl.num_programs(2) - 1 - batch,")),
-        check="decode_equals_prefill",
+        check="cached_row_alone",
         case=STEPS,
     ),
     "counter_added_to_by_all": fault(

@@ -166,7 +166,7 @@ GATE: dict[str, Mutant] = {
         "H6",
         "the kernel gives the result that it had for these addresses",
         Patch(FUSED, ATTEND, KEPT.format(key="(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.shape)")),
-        check="gate_of_a_candidate",
+        check="new_contents_in_the_same_storage",
         case=CANDIDATE,
     ),
     "inputs_written": fault(

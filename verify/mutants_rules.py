@@ -12,6 +12,7 @@ from .inputs import make_inputs, poisoned_memory
 from .interpreter import patch_language_once_per_launch
 from .mutant import BASE, Mutant
 from .mutants import MUTANTS
+from .registry import checks
 from .rules import RULES, Judged, eager
 
 DTYPES = ("float16", "float32")
@@ -41,8 +42,9 @@ def refusals_of_all_families(_: None) -> Refusals:
 
 
 def needs_gradients(mutant: Mutant) -> bool:
-    """Whether only a backward shows it."""
-    return mutant.check == "backward_equals_oracle"
+    """Whether it is seen in a backward."""
+    check = checks().get(mutant.check)
+    return check is not None and check.direction == "backward"
 
 
 def refusals(case: Case, *, grads: bool, families: Iterable[str]) -> Refusals:
