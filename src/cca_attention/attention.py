@@ -47,8 +47,9 @@ def configs_for(handle: str, q: Tensor, k: Tensor, spec: CCASpec) -> fused.Confi
     """The configs that a registered profile gives for these tensors."""
     problem = fused.problem_of(q, k, spec)
     profile = _registered(handle) if handle else Schedule()
-    schedule = profile if isinstance(profile, Schedule) else profile.schedule(problem)
-    return fused.Configs(schedule, problem, fused.architecture(q.device))
+    forced = isinstance(profile, Schedule)
+    schedule = profile if forced else profile.schedule(problem)
+    return fused.Configs(schedule, problem, fused.architecture(q.device), forced=forced)
 
 
 def choose_backend(backend: str, q: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -55,10 +56,15 @@ def problem_of(q: Tensor, k: Tensor, spec: CCASpec) -> Problem:
 class Configs:
     """The config of each kernel for one problem on one architecture: the schedule's, else the built-in default."""
 
-    def __init__(self, schedule: Mapping[str, Config], problem: Problem, arch: str) -> None:
+    def __init__(self, schedule: Mapping[str, Config], problem: Problem, arch: str, *, forced: bool = False) -> None:
         self._schedule = schedule
+        self._forced = forced
         self._problem = problem
         self._arch = arch
+
+    def forces(self, kernel: str) -> bool:
+        """Whether `kernel` is to run where it can, worth it or not: a caller's own schedule names it."""
+        return self._forced and kernel in self._schedule
 
     def __getitem__(self, kernel: str) -> Any:
         if kernel in self._schedule:
@@ -120,7 +126,8 @@ def attend(
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
     tensors = (q, k, v, k_core, v_core, out)
     seen = min(q.shape[2] / 2, spec.window_size + q.shape[2] / (2 * spec.group_size))  # keys of a query, on average
-    if hopper.usable(sequences, 4.0 * q.numel() * seen, *tensors):
+    flops = math.inf if configs.forces("forward_hopper") else 4.0 * q.numel() * seen
+    if hopper.usable(sequences, flops, *tensors):
         hopper.forward.launch_forward_hopper(*tensors, lse, spec=spec, config=configs["forward_hopper"])
     else:
         launch_forward(*tensors, lse, spec=spec, sequences=sequences, config=configs["forward"])
@@ -192,7 +199,8 @@ def core_gradients(
     """(dk_core, dv_core) in lse's dtype: what arrives at the cores, before it goes on to their groups."""
     tensors = (q, k_core, v_core, dout)
     grads = tuple(torch.empty_like(x, dtype=lse.dtype) for x in (k_core, v_core))
-    if hopper.usable(sequences, 4.0 * q.numel() * k_core.shape[2], *tensors):
+    flops = math.inf if configs.forces("backward_dcore_hopper") else 4.0 * q.numel() * k_core.shape[2]
+    if hopper.usable(sequences, flops, *tensors):
         config = configs["backward_dcore_hopper"]
         hopper.backward_dcore.launch_backward_dcore_hopper(*tensors, lse, delta, *grads, spec=spec, config=config)
     else:
