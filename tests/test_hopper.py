@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def test_only_the_portable_kernels_are_tuned_without_their_gpu() -> None:
     assert not set(NAMES) & set(tunables()) and not set(NAMES) & set(tunables("sm_80"))
-    assert set(NAMES) <= set(tunables("sm_90")) or not hopper.SUPPORTED
+    assert set(NAMES) <= set(tunables("sm_90"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_they_compile_for_it_anywhere() -> None:
 
 def test_no_call_is_theirs_without_their_gpu() -> None:
     x = torch.zeros(1, 1, 256, 128, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
-    assert hopper.usable(Sequences.dense(1), 1e12, x) == (HOPPER and hopper.SUPPORTED)
+    assert hopper.usable(Sequences.dense(1), 1e12, x) == (HOPPER and limits.TESTED)
 
 
 @pytest.mark.gpu

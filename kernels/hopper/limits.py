@@ -13,11 +13,9 @@ from ..layout import Sequences
 
 ARCH = "sm_90"
 HEAD_DIMS = (64, 128)
-SUPPORTED = isinstance(triton.language.sum, triton.JITFunction) and triton.__version__.split(".")[:2] in (
-    ["3", "6"],
-    ["3", "7"],
-)
-"""Whether this Triton is one of the tested releases, and not interpreting."""
+TESTED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+"""Whether this release of Triton is one that the kernels were tested with."""
+INTERPRETED = not isinstance(triton.language.sum, triton.JITFunction)
 LEAST_FLOPS = 1e11
 """Below this, what the host takes to describe the tensors to TMA, about 0.1 ms, is more than the GPU saves."""
 
@@ -44,7 +42,8 @@ def usable(sequences: Sequences, flops: float, *tensors: Tensor) -> bool:
     """
     first = tensors[0]
     return (
-        SUPPORTED
+        TESTED
+        and not INTERPRETED
         and _is_hopper(first.device)
         and sequences.table is None
         and flops >= LEAST_FLOPS
