@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRET = "TRITON_INTERPRET"
@@ -29,15 +29,13 @@ if not HAS_GPU:
 
 from cca_attention.verify.inputs import poisoned_memory  # noqa: E402
 from cca_attention.verify.interpreter import patch_language_once_per_launch  # noqa: E402
+from cca_attention.verify.property_run import COMMON, PROFILES  # noqa: E402
 
 if not HAS_GPU:
     patch_language_once_per_launch()
 
-SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]  # the interpreter; the poison is stateless
-settings.register_profile(
-    "pr", derandomize=True, database=None, deadline=None, max_examples=12, suppress_health_check=SLOW
-)
-settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=SLOW)
+for name, profile in PROFILES.items():
+    settings.register_profile(name, **profile, **COMMON)
 settings.load_profile("pr")
 
 

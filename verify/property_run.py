@@ -25,7 +25,7 @@ from .tolerance import Comparison
 
 PROFILES: dict[str, dict[str, Any]] = {
     "pr": {"derandomize": True, "database": None, "max_examples": 12},
-    "nightly": {"max_examples": 2000, "print_blob": True},
+    "nightly": {"max_examples": 2000},
     "mutants": {
         "derandomize": True,
         "database": None,
@@ -38,6 +38,7 @@ COMMON: dict[str, Any] = {
     "deadline": None,  # the interpreter's first call of a kernel takes many times what others do
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     "report_multiple_bugs": False,
+    "print_blob": True,
 }
 EMPTY = "compares nothing"
 """The class of cases on which a check had nothing to compare."""
@@ -116,7 +117,7 @@ def run_property(
         *([Phase.shrink] if shrink else []),
     ]
     database = None if derandomize else DirectoryBasedExampleDatabase(".hypothesis/examples")
-    limits = settings(max_examples=examples, phases=phases, database=database, print_blob=True, **COMMON)
+    limits = settings(max_examples=examples, phases=phases, database=database, **COMMON)
     began = time.monotonic()
     failures: tuple[Failure, ...] = ()
     try:
