@@ -91,6 +91,21 @@ def test_packed_and_padded_sequences_are_judged_one_by_one() -> None:
         assert all(c.ok for c in comparisons), "\n".join(map(str, comparisons))
 
 
+@pytest.mark.parametrize("family", ["falling", "needle", "equal", "offset_values"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_that_err_all_alike_raise_no_suspicion(dtype: str, family: str) -> None:
+    """All queries and all upstream gradients are equal: many casts round the same number, and nothing averages out."""
+    for core_heads in ("query", "kv"):
+        case = make(dtype, family, 5, batch=1, seq_len=150, window_size=12, core_heads=core_heads)
+        inputs = make_inputs(case)
+        inputs = inputs._replace(q=inputs.q[:, :, :1].expand_as(inputs.q), dout=torch.ones_like(inputs.dout))
+        values, peer = oracle(case, inputs, grads=True), Peer(*inputs[:3], case.spec)
+        actual = {"out": peer.out, **peer.gradients(inputs.dout, inputs.dlse)}
+        for name, bounded in levels.statistical(case, inputs).items():
+            comparison = compare(name, actual[name], Bounded(values[name].value, bounded.bound), level="statistical")
+            assert comparison.ok, str(comparison)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_the_bounds_are_at_most_the_rigorous_ones_and_mostly_far_below(dtype: str) -> None:
     case = make(dtype, "old_keys", seq_len=200, window_size=8)

@@ -43,7 +43,11 @@ class _Rounding:
         p = model.precision
         self.wide, self.store, self.cast = (x**2 / 3 for x in (p.wide, p.store, p.cast))
         self.floor, self.flush = p.floor**2 / 3 + p.flush**2, p.flush**2
-        self.second_order = p.second_order
+        self.normal = 2 * p.floor / p.cast if p.cast else 2 * p.flush
+
+    def is_low(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Where `x` is so small that a cast errs by the floor, as float64."""
+        return ((x.abs() < self.normal) & visible).double()
 
     def adding(self, terms: Tensor | int, size: Tensor) -> Tensor:
         """Of a sum tile by tile of `terms` terms, whose magnitudes add up to `size`."""
@@ -120,7 +124,7 @@ class _Forward:
         weighted = f.probs * f.scores.masked_fill(~f.visible, 0.0)
         moved += 4 * r.wide * (weighted @ values - weighted.sum(-1, True) * mean).square()
         cast = r.cast * (f.probs.square() @ f.values.square() + sum(x.square() for x in self.parts))
-        cast += r.floor * (f.visible.double() @ f.values.square())
+        cast += r.floor * (r.is_low(f.probs, f.visible) @ f.values.abs()).square()
         stored = f.probs.square() @ self.value + r.store * self.parts[0].square()
         variance = moved + cast + stored + self.adding
         return bounded(exact, f, variance, exact.value.abs())
@@ -146,8 +150,9 @@ class _Backward:
         self.dprobs = f.probs.square() * (from_cores + f.head_dim * r.wide * size.square())
         self.own, self.shared = self._delta(from_cores)
         wide = 16 * r.wide * (f.probs * (b.dprobs.abs() + b.delta.abs())).square()
-        self.cast = r.cast * self.ds.square() + wide + r.floor * f.visible
-        self.cast_prob = r.cast * f.probs.square() + r.floor * f.visible
+        self.low, self.low_prob = (r.is_low(x, f.visible) for x in (self.ds, f.probs))
+        self.cast = r.cast * self.ds.square() + wide + r.floor * self.low
+        self.cast_prob = r.cast * f.probs.square() + r.floor * self.low_prob
 
     def _delta(self, from_cores: Tensor) -> tuple[Tensor, Tensor]:
         """Of delta [B, Hq, T, 1]: what is a row's own, and what rows share because they see the same cores."""
@@ -189,6 +194,7 @@ class _Backward:
         own = (self.ds * s.relative).square() + self.dprobs + self.cast
         row = (s.lse + r.cast) * (self.ds @ f.keys).square() + (self.own + self.shared) * (f.probs @ f.keys).square()
         keys = self.ds.square() @ s.key + r.adding(s.count, self.ds.abs() @ f.keys.abs())
+        keys += r.floor * (self.low @ f.keys.abs()).square()
         return own @ f.keys.square() + row + keys
 
     def _over_queries(self, deviation: Tensor, x: Tensor) -> Tensor:
@@ -208,16 +214,17 @@ class _Backward:
         own = (self.cast + f.probs.square() * self.own).mT @ f.q.square()
         shared = f.probs * self.shared.sqrt() + ds.abs() * s.lse.sqrt()
         own += self._over_queries((ds * s.relative).abs(), f.q) + self._over_queries(self.dprobs.sqrt(), f.q)
-        return own + (shared.mT @ f.q.abs()).square() + self._all_keys(ds, f.q)
+        return own + (shared.mT @ f.q.abs()).square() + self._all_keys(ds, self.low, f.q)
 
     def _values(self) -> Tensor:
         f, s, dout = self.f, self.s, self.b.dout
         own = self.cast_prob.mT @ dout.square() + self._over_queries(f.probs * s.relative, dout)
-        return own + ((f.probs * s.lse.sqrt()).mT @ dout.abs()).square() + self._all_keys(f.probs, dout)
+        return own + ((f.probs * s.lse.sqrt()).mT @ dout.abs()).square() + self._all_keys(f.probs, self.low_prob, dout)
 
-    def _all_keys(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of adding up ``left.mT @ right``, and of casts that err all alike."""
-        return self._adding(left.abs().mT @ right.abs()) + self.r.cast * (left.mT @ right).square()
+    def _all_keys(self, left: Tensor, low: Tensor, right: Tensor) -> Tensor:
+        """Of adding up ``left.mT @ right``, and of casts that err all alike; `low` where they err by the floor."""
+        alike = self.r.cast * (left.mT @ right).square() + self.r.floor * (low.mT @ right.abs()).square()
+        return self._adding(left.abs().mT @ right.abs()) + alike
 
     def _weight_gradient(self) -> Tensor:
         """Of ``da - mean(da)`` [B, Hc, C, g], from the errors of what arrives at the cores.
