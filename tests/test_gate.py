@@ -57,10 +57,19 @@ def test_again_after_timing() -> None:
 
 
 def test_every_kernel_has_its_direction() -> None:
-    assert set(DIRECTION_OF) == set(tunables())
+    assert set(DIRECTION_OF) == set(tunables("sm_90"))
 
 
-@pytest.mark.parametrize("kernel", DIRECTION_OF)
+def test_a_kernel_for_one_gpu_is_refused_in_the_interpreter() -> None:
+    config = tunables("sm_90")["forward_hopper"].default(PROBLEM, "sm_90")
+    if not torch.cuda.is_available():
+        evidence = check_config("forward_hopper", config, problem=PROBLEM)
+        assert (evidence.outcome, evidence.message) == (
+            "refused", "refused: it runs on sm_90 only, not in the interpreter"
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", tunables())
 def test_the_small_shapes_are_of_the_problems_kind(kernel: str) -> None:
     config = tunables()[kernel].default(PROBLEM, "sm_80")
     found = list(trials(kernel, config, PROBLEM, "cpu"))

@@ -9,15 +9,17 @@ where bfloat16 is wrong and float32 and float16 stand in for it; the evidence sa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from ..kernels.tunable import Config
+from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import as_config, source_hash, tunables
 from .child import Child, ChildFailedError, Failure
@@ -94,13 +96,17 @@ def check_again(
 def _check(
     kernel: str, config: Config, problem: Problem | None, timeout_s: float, seed: int, *, only_again: bool
 ) -> Evidence:
-    if kernel not in DIRECTION_OF or not isinstance(config, tunables()[kernel].config):
+    tunables()
+    if kernel not in DIRECTION_OF or not isinstance(config, Tunable.REGISTRY[kernel].config):
         raise ValueError(
             f"kernel must be one of {', '.join(DIRECTION_OF)} with a config of its own, got {kernel}: {config}"
         )
     problem = problem or Problem(**STANDARD)
     mode: Mode = "gpu" if torch.cuda.is_available() else "interpreter"
-    if (refusal := config.refusal(problem)) is not None:
+    refusal = config.refusal(problem)
+    if mode == "interpreter" and (archs := Tunable.REGISTRY[kernel].archs):
+        refusal = f"it runs on {', '.join(archs)} only, not in the interpreter"
+    if refusal is not None:
         return _against(kernel, mode, "refused", f"refused: {refusal}")
     request = {
         "kernel": kernel, "config": asdict(config), "problem": problem.as_dict(), "seed": seed, "only_again": only_again
@@ -159,15 +165,37 @@ def run_trials(
 def _tried(trial: Trial, kernel: str) -> tuple[list[Comparison], Outcome, str]:
     """The comparisons of a trial, what came of it and why."""
     try:
-        comparisons = look(trial, kernel)
+        with _launches(kernel) as launched:
+            comparisons = look(trial, kernel)
     except (OutOfResources, torch.OutOfMemoryError) as error:
         return [], "oom", f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever a candidate raises speaks against it
         return [], "crash", f"{type(error).__name__}: {error}"
     if not comparisons or all(comparison.empty for comparison in comparisons):
         return [], "wrong", "compared nothing"
+    if not launched and trial.case.device == "cuda":
+        return [], "wrong", f"{kernel} was not launched: another kernel did the work"
     failed = next((str(comparison) for comparison in comparisons if not comparison.ok), None)
     return comparisons, "passed" if failed is None else "wrong", failed or ""
+
+
+@contextmanager
+def _launches(kernel: str) -> Iterator[list[str]]:
+    """The launches of `kernel` while this lasts. The interpreter launches otherwise: none are seen there."""
+    seen: list[str] = []
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(function.fn.__name__)
+        return type(function).run(function, *args, **kwargs)
+
+    functions = Tunable.REGISTRY[kernel].kernels
+    for function in functions:
+        function.run = partial(watched, function)
+    try:
+        yield seen
+    finally:
+        for function in functions:
+            del function.run
 
 
 def _against(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.tunable import Config, Schedule
+from ..kernels.tunable import Config, Schedule, Tunable
 from ..problem import Problem
 from .calls import Results, compare_all, feed, make_cache, oracle, run, same_bits
 from .cases import Case
@@ -28,6 +28,8 @@ DIRECTION_OF: dict[str, Direction] = {
     "backward_dcore": "backward",
     "pooling_backward": "backward",
     "decode": "decode",
+    "forward_hopper": "forward",
+    "backward_dcore_hopper": "backward",
 }
 STAND_INS = {
     "bfloat16": ("float32", "float16"),
@@ -53,14 +55,16 @@ def trials(kernel: str, config: Config, problem: Problem, device: str, seed: int
     g; sizes shrink until g and w are small. The interpreter runs a second dtype on one shape only.
     """
     dtypes = (problem.dtype,) if device == "cuda" else STAND_INS[problem.dtype]
+    portable = not Tunable.REGISTRY[kernel].archs  # the others leave packed sequences and odd strides to those
     for dtype in dtypes:
         for number, shape in enumerate(_shapes(kernel, config, problem, 8 if device == "cuda" else 2)):
             small = replace(problem, dtype=dtype, **shape)
             if config.refusal(small) is not None or (dtype != dtypes[0] and number != FEW):
                 continue
             forced = Schedule({kernel: config})
-            case = Case(problem=small, layout="different", device=device, seed=seed + number, schedule=forced)
-            if number == PACKED:
+            layout = "different" if portable else "transposed"
+            case = Case(problem=small, layout=layout, device=device, seed=seed + number, schedule=forced)
+            if number == PACKED and portable:
                 tokens = small.seq_len
                 case = replace(case, lengths=(0, tokens - tokens // 3 - 1, 1, tokens // 3))
             yield Trial(case, again=number == FEW and dtype == dtypes[0])
