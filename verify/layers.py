@@ -34,13 +34,12 @@ TITLES = {
 BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L5": 1500.0, "L6": 1200.0}
 """Seconds that a layer may take on two cores; L6 on a GPU machine."""
 REPEATS = 250
+EXAMPLES = {"L2": 12, "L4": 20, "L6": 3}
+"""Random examples of each property."""
 KERNELS_ONLY = ("schedule_is_used", "layout_changes_no_bit", "head_permutation", "shared_keys_are_repeated_keys")
 """Checks of bits that the kernels promise and the eager path does not: PyTorch's matrix products depend on the layout
 and on the size of the whole batch."""
-CHECK_OF = {
-    "forward": "forward_equals_oracle", "backward": "backward_equals_oracle", "decode": "decode_equals_prefill",
-}  # fmt: skip
-PLAIN = tuple(CHECK_OF.values())
+PLAIN = ("forward_equals_oracle", "backward_equals_oracle", "decode_equals_prefill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,20 +83,25 @@ def _l2(extent: Extent) -> Iterator[Unit]:
         estimate_s=90.0,
     )  # fmt: skip
     yield from (_levels_unit("L2", dtype, "interpreter", "interpreter") for dtype in INTERPRETED)
-    for check in checks().values():
+    for name in (*PLAIN[:2], "sequences_equal_alone"):
+        check = checks()[name]
         for dtype in INTERPRETED:
             yield _check_unit("L2", check, dtype, "interpreter", "interpreter", _cases_of(check, dtype, "float32"))
+    yield from (_drawn_unit("L2", check, extent, EXAMPLES["L2"], covers=True) for check in checks().values())
 
 
 def _l3(extent: Extent) -> Iterator[Unit]:
-    for name in PLAIN:
-        yield _check_unit("L3", checks()[name], "float32", "interpreter", "interpreter", FEW, runner="shadowed")
+    for name in (*PLAIN, "crop_equals_fresh", "reorder_equals_fresh"):
+        cases = (*FEW, "packed", "padded") if name in PLAIN[:2] else ("two_tiles", "mean_kv_cores")
+        unit = _check_unit("L3", checks()[name], "float32", "interpreter", "interpreter", cases, runner="shadowed")
+        yield replace(unit, limit_s=600.0, estimate_s=40.0)
     yield from _configs("L3", "float32", "interpreter", extent)
 
 
 def _l4(extent: Extent) -> Iterator[Unit]:
-    for name in ("decode_equals_prefill", "crop_equals_fresh", "reorder_equals_fresh"):
-        yield _check_unit("L4", checks()[name], "float32", "interpreter", "interpreter", ("base", "mean_kv_cores"))
+    for check in checks().values():
+        if check.direction == "decode":
+            yield _drawn_unit("L4", check, extent, EXAMPLES["L4"])
 
 
 def _l5(extent: Extent) -> Iterator[Unit]:
@@ -113,6 +117,7 @@ def _l6(extent: Extent) -> Iterator[Unit]:
     for check in checks().values():
         for dtype in COMPILED:
             yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
+    yield from (_drawn_unit("L6", check, extent, EXAMPLES["L6"]) for check in checks().values())
     yield from _configs("L6", "bfloat16", "gpu", extent)
     for dtype in COMPILED:
         yield _gpu_unit(f"repeats/{dtype}", "repeats", dtype, {"times": REPEATS}, properties=("P33",))
@@ -143,6 +148,19 @@ def _cases_of(check: Check, dtype: str, widest: str) -> tuple[str, ...]:
     return ("base", "window_below_a_group", "kv_cores") if dtype == widest else ("base",)
 
 
+def _drawn_unit(layer: str, check: Check, extent: Extent, examples: int, *, covers: bool = False) -> Unit:
+    on_gpu = layer == "L6"
+    count = extent.examples or examples
+    return Unit(
+        id=f"{layer}/drawn/{check.name}", layer=layer, check=check.name, runner="drawn",
+        place="gpu" if on_gpu else "interpreter", mode="gpu" if on_gpu else "interpreter", properties=check.properties,
+        direction=check.direction, limit_s=300.0 + 20.0 * count, estimate_s=1.5 * count,
+        arguments={
+            "examples": count, "seed": extent.seed or None, "device": "cuda" if on_gpu else "cpu", "covers": covers,
+        },
+    )  # fmt: skip
+
+
 def _levels_unit(layer: str, dtype: str, place: Place, mode: Mode, **options: Any) -> Unit:
     return Unit(
         id=f"{layer}/every_level/{dtype}", layer=layer, check="every_level", runner="levels", place=place, mode=mode,
@@ -170,14 +188,13 @@ def _configs(layer: str, dtype: str, place: Place, extent: Extent) -> Iterator[U
         for config, refusal in tunable.candidates(problem):
             if refusal is None:
                 groups.setdefault(_tiles(config), []).append(config)
-        check = checks()[CHECK_OF[DIRECTION_OF[kernel]]]
         for tiles, configs in groups.items():
             most = 1 if place == "interpreter" else extent.examples or len(configs)
             kept = random.Random(extent.seed).sample(configs, min(most, len(configs)))
             yield Unit(
-                id=f"{layer}/config/{kernel}/{tiles}", layer=layer, check=check.name, runner="config", place=place,
-                mode="gpu" if place == "gpu" else "interpreter", direction=check.direction, kernel=kernel, dtype=dtype,
-                estimate_s=5.0 * len(kept), arguments={"configs": [asdict(config) for config in kept]},
+                id=f"{layer}/config/{kernel}/{tiles}", layer=layer, check="config", runner="config", place=place,
+                mode="gpu" if place == "gpu" else "interpreter", direction=DIRECTION_OF[kernel], kernel=kernel,
+                dtype=dtype, estimate_s=3.0 * len(kept), arguments={"configs": [asdict(config) for config in kept]},
             )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ..profiles.configs import as_config, tunables
 from . import canary, gate, ratchet, shadow
 from .cases import Case
 from .foundations import FOUNDATIONS
+from .gate_cases import Trial, look
 from .inputs import poisoned_memory
 from .levels import every_level
 from .mutants import MUTANTS, Judge, workshop
@@ -25,10 +26,11 @@ from .record import Result, Trouble
 from .registry import checks
 from .shapes import fixed_case
 from .tolerance import Comparison
-from .units import Evaluated, Unit, judge, runner
+from .units import Evaluated, Unit, describe, failed, judge, of_case, runner
 
 ORDERS = (1, 2)
-"""Program orders of a shadowed run: backwards, and shuffled."""
+"""Program orders of shadowed runs, in turns: backwards, and shuffled."""
+NO_HYPOTHESIS = 'random examples need hypothesis: pip install "cca-attention[test]"'
 
 
 @runner
@@ -53,6 +55,34 @@ def _evaluated(unit: Unit) -> Evaluated:
     for case in _cases(unit):
         with poisoned_memory():
             yield case, checks()[unit.check](case)
+
+
+@runner
+def drawn(unit: Unit) -> Result:
+    """A check on cases that hypothesis draws; arguments: `examples`, `device`, and `seed`, None for always the same."""
+    try:
+        from .property_run import EMPTY, run_property
+        from .strategies import REQUIRED
+    except ImportError:
+        return failed(unit, "environment", NO_HYPOTHESIS)
+    given = unit.arguments
+    found = run_property(
+        unit.check, examples=given["examples"], seed=given["seed"], derandomize=True, device=given["device"]
+    )
+    facts: dict[str, Any] = {"classes": found.classes, "seed": found.seed}
+    if given.get("covers"):
+        facts["required_classes"] = sorted(REQUIRED)
+    if found.failures:
+        first = found.failures[0]
+        message, blob = "; ".join(first.found), first.blob
+        return unit.blank(
+            status="fail", cases=found.examples, facts=facts, message=message, **{**of_case(first.case), "blob": blob}
+        )
+    if not found.ok or found.worst is None:
+        message = f"compared nothing in {found.classes.get(EMPTY, 0)} of {found.examples} examples"
+        return unit.blank(status="fail", cases=found.examples, facts=facts, message=message)
+    result = describe(unit, found.worst_case, found.worst, found.examples, found.examples)
+    return replace(result, facts=facts, seed=found.seed)
 
 
 @runner
@@ -94,12 +124,12 @@ def shadowed(unit: Unit) -> Result:
 
 
 def _watched(unit: Unit) -> Evaluated:
-    for case in _cases(unit):
-        for order in ORDERS:
-            with poisoned_memory(), shadow.watch(order=order) as report:
-                comparisons = checks()[unit.check](case)
-            faults = [Comparison(f"program order {order}", torch.inf, (), False, detail=str(f)) for f in report.faults]
-            yield case, [*comparisons, *faults]
+    for number, case in enumerate(_cases(unit)):
+        order = ORDERS[number % len(ORDERS)]
+        with poisoned_memory(), shadow.watch(order=order) as report:
+            comparisons = checks()[unit.check](case)
+        faults = [Comparison(f"program order {order}", torch.inf, (), False, detail=str(f)) for f in report.faults]
+        yield case, [*comparisons, *faults]
 
 
 @runner
@@ -119,8 +149,7 @@ def _forced(unit: Unit, lacking: list[str]) -> Evaluated:
         forced = as_config(unit.kernel, values)
         case = replace(_ragged(unit, forced), schedule=Schedule({unit.kernel: forced}))
         try:
-            with poisoned_memory():
-                comparisons = checks()[unit.check](case)
+            comparisons = look(Trial(case), unit.kernel)
         except OutOfResources as error:  # refused by the compiler before anything ran
             lacking.append(f"{error}")
             continue

@@ -14,6 +14,7 @@ BASE: dict[str, Any] = {
 # why each is there; BASE has several tiles, a ragged last one, an unfinished group, and g does not divide w
 SHAPES: dict[str, dict[str, Any]] = {
     "base": {},
+    "two_tiles": {"seq_len": 21},
     "one_token": {"seq_len": 1},
     "a_token_less_than_a_group": {"seq_len": 3},
     "all_raw": {"seq_len": 9},

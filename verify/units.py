@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -81,15 +81,16 @@ def judge(unit: Unit, evaluated: Evaluated) -> Result:
             if not comparison.ok and comparison.level in SUSPICIONS:
                 warnings.append(f"{comparison} of {_shape(case)}")
             elif not comparison.ok:
-                return _described(unit, case, comparison, cases, seen, warnings)
+                return describe(unit, case, comparison, cases, seen, warnings)
     if empty or worst[2] is None:
         return unit.blank(status="fail", cases=cases, comparisons=seen, message="compared nothing")
-    return _described(unit, worst[1], worst[2], cases, seen, warnings)
+    return describe(unit, worst[1], worst[2], cases, seen, warnings)
 
 
-def _described(
-    unit: Unit, case: Case | None, comparison: Comparison, cases: int, seen: int, warnings: list[str]
+def describe(
+    unit: Unit, case: Case | None, comparison: Comparison, cases: int, seen: int, warnings: Sequence[str] = ()
 ) -> Result:
+    """A result of `cases` cases and `seen` comparisons that is told by one of them: the first failed or the worst."""
     failed = not comparison.ok or (unit.strict and bool(warnings))
     message = str(comparison) if not comparison.ok else warnings[0] if failed else ""
     described = unit.blank(
