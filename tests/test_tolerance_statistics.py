@@ -36,7 +36,7 @@ def make(dtype: str, family: str = "randn", seed: int = 0, **problem: Any) -> Ca
     return Case(problem=Problem(**{**BASE, "dtype": dtype, **problem}), family=family, backend="eager", seed=seed)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_honest_rounding_raises_no_suspicion(family: str, dtype: str) -> None:
     for seed, shape in enumerate(SHAPES):
@@ -48,7 +48,7 @@ def test_honest_rounding_raises_no_suspicion(family: str, dtype: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_casts_of_probabilities_raise_no_suspicion(family: str, dtype: str) -> None:
     """The eager path casts nothing in between; the peer casts what a kernel does."""
-    for seed, shape in enumerate(SHAPES[:4]):
+    for seed, shape in enumerate(SHAPES[:2]):
         case = make(dtype, family, seed, **shape)
         inputs = make_inputs(case)
         values = oracle(case, inputs, grads=True)

@@ -2,7 +2,7 @@
 
 `ErrorModel` follows one forward through spec.md sections 1 to 3 in float64 and carries, beside every
 value, a bound on the rounding error that a kernel of the given `Precision` can have made there. The bounds are
-elementwise and rigorous to first order (rule T1 of verification.md section 4): exceeding one is a defect, never bad
+elementwise and rigorous to first order (rule T1 of docs/verification.md): exceeding one is a defect, never bad
 luck. Three things keep them close:
 an error of a softmax weight moves a result only as far as the values are spread, so values enter by their distance
 from a centre; an error of a pooling weight moves a logit by the spread of the group's logits; and the error of each
