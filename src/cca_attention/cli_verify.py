@@ -77,6 +77,33 @@ def verify(
     return _conclude(record, json_path, junit)
 
 
+@app.command("mutants")
+def plant(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Names or ids; default: all.")] = None,
+    json_path: Annotated[Path | None, _file("--json", "Where to write the record.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Worker processes at a time.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the planted mistakes, and judge none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the verdict.")] = False,
+) -> int:
+    """Plant mistakes in copies of the package, one at a time: each must be killed by the check that it names."""
+    from .verify.layers import Extent, plan
+    from .verify.mutants import MUTANTS, selected
+
+    _check_numbers(jobs=jobs)
+    _check_output("--json", json_path)
+    try:
+        wanted = set(selected(names or None))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if listed:
+        typer.echo("\n".join(f"{MUTANTS[name].id:4} {name}: {MUTANTS[name].says}" for name in sorted(wanted)))
+        return OK
+    units = [unit for unit in plan(("L5",), Extent()) if unit.arguments["mutant"] in wanted]
+    settings = {"seed": 0, "examples": None, "budget_scale": 1.0, "strict": False, "ci": False}
+    record = _run(units, () if names else ("L5",), use_gpu=False, jobs=jobs, quiet=quiet, settings=settings)
+    return _conclude(record, json_path, None)
+
+
 @app.command("report")
 def report(
     record: Annotated[Path, typer.Argument(metavar="R.json", help="A record of cca-verify.")],
@@ -146,7 +173,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _check_numbers(*, jobs: int | None, examples: int | None, budget_scale: float, gpu: str) -> None:
+def _check_numbers(
+    *, jobs: int | None, examples: int | None = None, budget_scale: float = 1.0, gpu: str = "auto"
+) -> None:
     if gpu not in ("auto", "none"):
         raise Refused(f"--gpu must be one of auto, none, got {gpu!r}")
     for option, number in (("--jobs", jobs), ("--examples", examples)):
