@@ -27,8 +27,8 @@ PROPERTIES = [f"P{number}" for number in range(1, 46)]
 
 
 def examples(check: str) -> int:
-    """The interpreter is slow and there are many checks: a third of what a test draws, a quarter of many calls."""
-    return settings.default.max_examples // (4 if check in MANY_CALLS else 3)
+    """The interpreter is slow and there are many checks: a quarter of what other tests draw, a sixth of many calls."""
+    return settings.default.max_examples // (6 if check in MANY_CALLS else 4)
 
 
 @pytest.mark.parametrize("check", checks())

@@ -25,6 +25,7 @@ MANY_CALLS = frozenset(
     {
         "causality", "power_of_two_gauge", "linear_in_upstream", "schedules_agree", "gradients_accumulate",
         "shared_keys_are_repeated_keys", "any_chunks_give_the_same_state", "finite_differences", "padded_head_dim",
+        "crop_equals_fresh", "decode_equals_prefill", "split_invariance", "head_permutation",
     }
 )  # fmt: skip
 """Checks that call the operator so often that their cases have half the size."""
