@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ Complaint = tuple[int, str]
 
 
 def complaints(
-    record: Any, expected: dict[str, int] | None = None, allowed: dict[str, str] | None = None
+    record: Any, expected: Mapping[str, int] | None = None, allowed: Mapping[str, str] | None = None
 ) -> list[Complaint]:
     """What is wrong with a parsed record: exit codes and lines, empty for a pass.
 
@@ -48,7 +48,7 @@ def complaints(
     return found
 
 
-def _of_plan(record: dict[str, Any], expected: dict[str, int]) -> Iterator[Complaint]:
+def _of_plan(record: dict[str, Any], expected: Mapping[str, int]) -> Iterator[Complaint]:
     results, header = record["results"], record["header"]
     if record["complete"] is not True:
         yield CRASHED, "the run did not come to its end"
@@ -69,7 +69,7 @@ def _of_plan(record: dict[str, Any], expected: dict[str, int]) -> Iterator[Compl
         yield MISCONFIGURED, "the footer counts other results than there are"
 
 
-def _of_result(result: dict[str, Any], record: dict[str, Any], allowed: dict[str, str]) -> Iterator[Complaint]:
+def _of_result(result: dict[str, Any], record: dict[str, Any], allowed: Mapping[str, str]) -> Iterator[Complaint]:
     name, status = result["id"], result["status"]
     said = f"{name}: {result['message']}"
     if status == "pass":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch.autograd import gradcheck
@@ -11,14 +12,14 @@ from torch.autograd import gradcheck
 from ..attention import cca_attention
 from ..kernels import reference
 from ..problem import Problem
-from ..spec import CCASpec
+from ..spec import CCASpec, CoreHeads, Pooling
 from .cases import Case
 from .inputs import make_inputs
 from .rounding import Bounded, ErrorModel
 from .tolerance import Comparison, compare, compare_bitwise
 
 Foundation = Callable[[], Iterator[tuple[Case | None, list[Comparison]]]]
-POOLINGS = tuple(product(("query", "kv"), ("last_query", "mean")))
+POOLINGS: tuple[tuple[CoreHeads, Pooling], ...] = tuple(product(get_args(CoreHeads), get_args(Pooling)))
 
 
 def partition_of_the_past() -> Iterator[tuple[Case | None, list[Comparison]]]:
@@ -43,7 +44,7 @@ def two_oracles_agree() -> Iterator[tuple[Case | None, list[Comparison]]]:
             )  # fmt: skip
             case = Case(problem=problem, family="rising", seed=tokens)
             q, k, v = make_inputs(case)[:3]
-            options = {"group_size": g, "window_size": w, "core_heads": core_heads, "pooling": pooling}
+            options: dict[str, Any] = {"group_size": g, "window_size": w, "core_heads": core_heads, "pooling": pooling}
             dense, rows = reference.attention_dense(q, k, v, **options), reference.attention_rowwise(q, k, v, **options)
             model = ErrorModel(q, k, v, case.spec, torch.float64)
             bounds = (model.out.bound, model.lse.bound)
@@ -75,7 +76,7 @@ def oracle_gradcheck() -> Iterator[tuple[Case | None, list[Comparison]]]:
         )  # fmt: skip
         case = Case(problem=problem, backend="eager")
         tensors = [x.detach().requires_grad_() for x in make_inputs(case)[:3]]
-        options = {"group_size": 2, "window_size": 3, "core_heads": core_heads, "pooling": pooling}
+        options: dict[str, Any] = {"group_size": 2, "window_size": 3, "core_heads": core_heads, "pooling": pooling}
         for name, function, given in (
             ("oracle", reference.attention_dense, options),
             ("eager", cca_attention, {**case.arguments(), "return_lse": True}),

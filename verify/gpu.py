@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .units import Evaluated, Unit, judge, runner
 
 DEVICE = "cuda"
 BATCH = 60
-LARGE = {"q_heads": 260, "kv_heads": 260, "seq_len": 65536, "head_dim": 128}
+LARGE: dict[str, Any] = {"q_heads": 260, "kv_heads": 260, "seq_len": 65536, "head_dim": 128}
 """65536 x 128 x 260 is 1.5 % more than 2^31."""
 TOOLS = ("memcheck", "initcheck", "racecheck")
 TOOL = "compute-sanitizer"

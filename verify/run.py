@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -40,7 +40,7 @@ class Options:
     gpu: bool = False
 
 
-def run(units: Sequence[Unit], options: Options, display: Display) -> Iterator[Result]:
+def run(units: Sequence[Unit], options: Options, display: Display) -> Generator[Result, None, None]:
     """The result of every unit as it comes, layer by layer; closing the iterator ends all workers."""
     for unit in units:
         if unit.place == "gpu" and not options.gpu:

@@ -118,7 +118,8 @@ def run_unit(values: dict[str, Any]) -> dict[str, Any]:
     """The result of a unit, both as JSON, in a worker process; an exception is a result too."""
     from . import gpu, runners  # noqa: F401 they enter the runners
 
-    unit = Unit(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    unit = Unit(**fields)
     started = time.monotonic()
     try:
         result = RUNNERS[unit.runner](unit)

@@ -46,7 +46,7 @@ class _ProfileTests(pytest.Collector):
         super().__init__(**rest)
         self._profile = profile
 
-    def collect(self) -> Iterator[pytest.Item]:  # type: ignore[override]
+    def collect(self) -> Iterator[pytest.Item]:
         """One test for each entry."""
         from .profiles.store import ProfileError, load_profile
 
