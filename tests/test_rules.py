@@ -21,7 +21,6 @@ from cca_attention.verify.rounding import Bounded
 from cca_attention.verify.rules import RULES, Judged, eager
 
 DOCS = Path(__file__).parents[1] / "docs"
-OTHERS = [name for name in RULES if name != "ours"]
 
 
 def judged(
@@ -68,7 +67,6 @@ def test_zeros_and_nan_are_refused(name: str) -> None:
         ("Liger", 0.041, "float16", False),
         ("Liger at its widest", 0.21, "float16", True),
         ("Liger at its widest", 0.23, "float16", False),
-        ("Liger at its widest", 9.0, "float32", True),
         ("torch.testing", 9e-6, "float32", True),
         ("torch.testing", 12e-6, "float32", False),
         ("ours", 0.9e-3, "float32", True),
@@ -140,6 +138,6 @@ def test_the_page_shows_the_table(table: dict[str, Any]) -> None:
 
 def test_ours_has_no_false_alarm_and_sees_the_most(table: dict[str, Any]) -> None:
     assert list(table["rules"]) == list(RULES)
-    seen = {name: kills(table, name, "float32", randn_only=False) for name in RULES}
-    assert all(seen["ours"] >= seen[name] for name in OTHERS), seen
+    seen = {name: kills(table, name, "float32") for name in RULES if "float32" in RULES[name].dtypes}
+    assert all(seen["ours"] >= count for count in seen.values()), seen
     assert all(alarms(table, "ours", dtype)[0] == 0 < alarms(table, "ours", dtype)[1] for dtype in DTYPES)
