@@ -1,4 +1,8 @@
-"""A random walk over CCACache against plain lists of tokens and the oracle (verification.md section 6)."""
+"""A random walk over CCACache against plain lists of tokens and the oracle (P27 and P28 of docs/properties.md).
+
+Tokens are appended one by one, a few at a time and in chunks, padded or not; rows are cropped, emptied, reordered and
+copied (which forks a sequence); the storage grows or is static. After every step the cache holds what the lists say.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from cca_attention.kernels.forward import ForwardConfig
 from cca_attention.kernels.pooling import PoolingConfig
 from cca_attention.kernels.tunable import Schedule
 from cca_attention.spec import CCASpec
+from cca_attention.verify.calls import agree
 from cca_attention.verify.rounding import ErrorModel
 from cca_attention.verify.tolerance import compare, compare_bitwise
 
@@ -59,10 +64,18 @@ class Cache(RuleBasedStateMachine):
         self.cores = [
             torch.zeros(2, 1, heads[0] if core_heads == "query" else heads[1], 0, HEAD_DIM, device=DEVICE)
         ] * batch
+        self.written = [0] * batch
         self.tokens = 0
-        self.cache = CCACache(
-            self.spec, batch=batch, q_heads=heads[0], kv_heads=heads[1], head_dim=HEAD_DIM, dtype=torch.float32,
-            device=DEVICE, backend=self.backend, rollback=rollback, max_tokens=self.max_tokens, profile=SMALL,
+        self.cache = self.empty_cache(batch, rollback)
+        if static:
+            for storage in (self.cache._state.core, self.cache._state.raw):
+                storage.fill_(float("nan"))
+
+    def empty_cache(self, batch: int, rollback: int) -> CCACache:
+        return CCACache(
+            self.spec, batch=batch, q_heads=self.heads[0], kv_heads=self.heads[1], head_dim=HEAD_DIM,
+            dtype=torch.float32, device=DEVICE, backend=self.backend, rollback=rollback, max_tokens=self.max_tokens,
+            profile=SMALL,
         )  # fmt: skip
 
     def tensors(self, rows: list[list[int]]) -> list[Tensor]:
@@ -96,6 +109,7 @@ class Cache(RuleBasedStateMachine):
             for number in chunk[b][first:end]:
                 self.rings[b][len(self.rows[b]) % self.ring_size] = number
                 self.rows[b].append(number)
+            self.written[b] = max(self.written[b], len(self.rows[b]) // self.spec.group_size)
             assert not out[b, :, :first].any()
             assert not out[b, :, end:].any()
             if end > first:
@@ -159,6 +173,34 @@ class Cache(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="n must"):
                 self.cache.crop(n)
 
+    @precondition(lambda self: any(self.rows))
+    @rule()
+    def reset(self) -> None:
+        """Empty every row; the slots are used again."""
+        self.cache.crop(0)
+        self.rows = [[] for _ in self.rows]
+        self.cores = [cores[:, :, :, :0] for cores in self.cores]
+
+    @precondition(lambda self: any(self.rows))
+    @rule()
+    def build_again(self) -> None:
+        """A fresh cache that gets each row's tokens at once holds the same cores.
+
+        Compiled, prefill and decode need not pool in the same order: there the bounds of both hold.
+        """
+        for b, row in enumerate(self.rows):
+            fresh, tensors = self.empty_cache(1, 0), self.tensors([row])
+            fresh.prefill(*tensors)
+            assert fresh.lengths.tolist() == [len(row)]
+            for name, held in zip(("k_core", "v_core"), self.cores[b], strict=True):
+                again = getattr(fresh, name)
+                if DEVICE == "cpu" or not again.numel():
+                    verdict = compare_bitwise(name, held, again)
+                else:
+                    bound = getattr(ErrorModel(*(x.cpu() for x in tensors), self.spec, torch.float32), name).bound
+                    verdict = agree(name, held.cpu(), again.cpu(), bound, bound)
+                assert verdict.ok, verdict
+
     @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
         index = [data.draw(st.integers(0, len(self.rows) - 1)) for _ in self.rows]
@@ -166,6 +208,7 @@ class Cache(RuleBasedStateMachine):
         self.rows = [list(self.rows[row]) for row in index]
         self.rings = [dict(self.rings[row]) for row in index]
         self.cores = [self.cores[row] for row in index]
+        self.written = [self.written[row] for row in index]
 
     @invariant()
     def cores_and_sizes_are_those_of_the_tokens(self) -> None:
@@ -178,6 +221,18 @@ class Cache(RuleBasedStateMachine):
         assert self.cache.nbytes == sum(2 * 4 * HEAD_DIM * (core_heads * count + raw) for count in groups)
         for b, cores in enumerate(self.cores):
             assert (verdict := compare_bitwise("cores", self.held_cores(b), cores)).ok, verdict
+
+    @invariant()
+    def slots_without_a_token_are_untouched(self) -> None:
+        """Static storage was full of NaN at first."""
+        if self.max_tokens is None:
+            return
+        state = self.cache._state
+        for b, (ring, written) in enumerate(zip(self.rings, self.written, strict=True)):
+            unused = [slot for slot in range(self.ring_size) if slot not in ring]
+            assert state.raw[:, b, :, unused].isnan().all()
+            assert state.core[:, b, :, written:].isnan().all()
+            assert not state.core[:, b, :, :written].isnan().any()
 
 
 class Eager(Cache):
