@@ -24,7 +24,7 @@ class Check:
     """A check: call it with a case.
 
     `name` is that of its function; `direction` which kernels it runs ("backward" runs the forward ones too);
-    `properties` the properties of docs/verification.md that it holds the kernels to, empty for the plain comparison
+    `properties` the properties of docs/properties.md that it holds the kernels to, empty for the plain comparison
     with the oracle.
     """
 
