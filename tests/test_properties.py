@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
-from cca_attention.verify import property_run, registry
-from cca_attention.verify.cases import Case
+from cca_attention import CCACache, CCASpec, Problem, cca_attention
+from cca_attention.verify import calls, checks_backward, checks_symmetry, property_run, registry
+from cca_attention.verify.cases import Case, same_tiles
 from cca_attention.verify.property_run import PROFILES, drawn_classes, run_property
 from cca_attention.verify.registry import Check, checks
 from cca_attention.verify.rounding import Bounded
@@ -53,6 +56,48 @@ def test_the_document_names_the_checks_of_each_property() -> None:
     assert documented == {
         name: sorted(check.name for check in checks().values() if name in check.properties) for name in PROPERTIES
     }
+
+
+# --- every check can fail -------------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys are shifted by a token, some of the keys is detached, and no call gives the same bits twice."""
+
+    def noisy(x: Tensor) -> Tensor:
+        return x * (1 + torch.rand(x.shape).to(x) / 8)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        k = k.roll(-1, 2) + k.detach() / 4
+        out = cca_attention(q.roll(1, 2), k, v.roll(-1, 2), **options)
+        return tuple(noisy(x) for x in out) if isinstance(out, tuple) else noisy(out)
+
+    for module in (calls, checks_backward, checks_symmetry):
+        monkeypatch.setattr(module, "cca_attention", attention)
+    for name in ("prefill", "decode"):
+        method = getattr(CCACache, name)
+        monkeypatch.setattr(CCACache, name, lambda *args, method=method, **options: noisy(method(*args, **options)))
+    for name in ("k_core", "v_core"):
+        cores = getattr(CCACache, name).fget
+        monkeypatch.setattr(CCACache, name, property(lambda self, cores=cores: noisy(cores(self))))
+
+
+@pytest.mark.parametrize("check", sorted(set(checks()) - {"integer_partition"}))
+def test_no_check_passes_a_wrong_operator(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch)
+    problem = Problem(
+        batch=2, q_heads=4, kv_heads=2, seq_len=11, head_dim=16, group_size=2, window_size=3, dtype="float32"
+    )
+    case = Case(problem=problem, backend="eager", device=DEVICE, schedule=same_tiles(16, 16))
+    assert not all(comparison.ok for comparison in checks()[check](case))
+
+
+def test_a_wrong_integer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(q_heads=1, kv_heads=1, seq_len=11, head_dim=16, group_size=2, window_size=3)
+    assert all(comparison.ok for comparison in checks()["integer_partition"](Case(problem=problem)))
+    monkeypatch.setattr(CCASpec, "visible_cores", lambda self, position: max(0, (position - 3) // 2))
+    monkeypatch.setattr(CCASpec, "local_range", lambda self, position: range(max(0, position - 4), position + 1))
+    assert not any(comparison.ok for comparison in checks()["integer_partition"](Case(problem=problem)))
 
 
 # --- the runner itself ----------------------------------------------------------------------------------------------
