@@ -20,7 +20,7 @@ def as_junit(record: Record) -> str:
         }
         texts = {name: str(number) for name, number in numbers.items()}
         seconds = sum(result.duration_s for result in results)
-        suite = ElementTree.SubElement(root, "testsuite", name=layer, time=f"{seconds:.3f}", **texts)
+        suite = ElementTree.SubElement(root, "testsuite", {"name": layer, "time": f"{seconds:.3f}", **texts})
         for result in results:
             _add(suite, result)
     if not record.complete:

@@ -94,7 +94,7 @@ def _l3(extent: Extent) -> Iterator[Unit]:
     for name in (*PLAIN, "crop_equals_fresh", "reorder_equals_fresh"):
         cases = (*FEW, "packed", "padded") if name in PLAIN[:2] else ("two_tiles", "mean_kv_cores")
         unit = _check_unit("L3", checks()[name], "float32", "interpreter", "interpreter", cases, runner="shadowed")
-        yield replace(unit, limit_s=600.0, estimate_s=40.0)
+        yield replace(unit, estimate_s=40.0)
     yield from _configs("L3", "float32", "interpreter", extent)
 
 
@@ -176,7 +176,7 @@ def _check_unit(
     return Unit(
         id=f"{layer}/{prefix}{check.name}/{dtype}", layer=layer, check=check.name, runner=runner, place=place,
         mode=mode, properties=check.properties, direction=check.direction, dtype=dtype,
-        arguments={"cases": cases, **options},
+        arguments={"cases": cases, **options}, limit_s=600.0,
     )  # fmt: skip
 
 
