@@ -18,6 +18,7 @@ from cca_attention.verify.mutants import (
     EXIT_CODES,
     MUTANTS,
     NOT_APPLICABLE,
+    Forks,
     Judge,
     Verdict,
     copy_package,
@@ -146,6 +147,14 @@ def test_a_check_that_fails_without_the_mutant_proves_nothing(judge: Judge) -> N
 def test_mutants_are_not_judged_outside_of_the_copy(judge: Judge, tmp_path: Path) -> None:
     with pytest.raises(ChildFailedError, match="is not of the copy"):
         judge.forks.call(failures, QUICK, source=tmp_path)
+
+
+def test_a_mutant_that_ends_the_process_that_forks_is_an_error(judge: Judge, tmp_path: Path) -> None:
+    forks = Forks(tmp_path)
+    deadly = with_patch("import math", "import math, os, signal\nos.kill(os.getppid(), signal.SIGTERM)")
+    with planted(deadly, judge.original) as source, pytest.raises(RuntimeError, match="has ended with code -15"):
+        forks.call(failures, QUICK, source=source)
+    forks.close()
 
 
 def test_the_exit_code_is_that_of_the_worst() -> None:

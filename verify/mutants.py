@@ -122,8 +122,9 @@ class Forks:
     """Calls functions of copies of the package in forks of a process that has imported torch and triton."""
 
     def __init__(self, folder: Path) -> None:
-        # triton reads this variable when it is imported: it has to be there from the start
-        command = ["env", "TRITON_INTERPRET=1", sys.executable, "-c", Path(mutants_fork.__file__).read_text()]
+        # triton reads its variable when it is imported; a GPU is no use here, and CUDA does not survive a fork
+        command = ["env", "TRITON_INTERPRET=1", "CUDA_VISIBLE_DEVICES=", sys.executable, "-c"]
+        command.append(Path(mutants_fork.__file__).read_text())
         self._words = folder / "words"
         self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -132,6 +133,7 @@ class Forks:
 
         Raises:
             ChildFailedError: if the fork raised, crashed or took longer than `timeout_s`.
+            RuntimeError: if the process that forks is gone.
         """
         job = {
             "source": str(source), "module": function.__module__, "function": function.__name__, "argument": argument,
@@ -140,7 +142,9 @@ class Forks:
         assert self._parent.stdin is not None and self._parent.stdout is not None
         self._parent.stdin.write(json.dumps(job) + "\n")
         self._parent.stdin.flush()
-        reply = json.loads(self._parent.stdout.readline())
+        if not (line := self._parent.stdout.readline()):
+            raise RuntimeError(f"the process that forks has ended with code {self._parent.wait()}")
+        reply = json.loads(line)
         if reply["late"]:
             raise ChildFailedError(f"no result within {timeout_s:g} s")
         if reply["code"] < 0:
