@@ -68,7 +68,7 @@ def power_of_two_gauge(case: Case) -> list[Comparison]:
     """(4 q, k / 4), (4 q, scale / 4) and (-q, -k) give the same bits, and gradients that differ by the factor alone."""
     case = wide(case)
     inputs, scale = make_inputs(case), case.spec.softmax_scale(case.problem.head_dim)
-    first, found = run(case, inputs, grads=True), []
+    first, found = run(case, inputs._replace(q=1 * inputs.q, k=1 * inputs.k), grads=True), []
     for note, to_q, to_k, to_scale in (("4 and 1/4", 4, 0.25, 1), ("-1 and -1", -1, -1, 1), ("scale", 4, 1, 0.25)):
         other = run(
             replace(case, scale=scale * to_scale), inputs._replace(q=to_q * inputs.q, k=to_k * inputs.k), grads=True
