@@ -14,6 +14,9 @@ from .. import kernels
 from ..kernels import primitives
 from ..kernels.tunable import Config, Tunable
 
+SHARED = ("keys.py", "pipeline.py")
+"""Files beside a kernel's own that several kernels of one architecture are made of."""
+
 
 def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
     """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture.
@@ -48,7 +51,10 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
 def source_hash(kernel: str) -> str:
     """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others."""
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
-    shared = [Path(primitives.__file__), *source.parent.glob("pipeline.py")]
+    shared = [
+        Path(primitives.__file__),
+        *(source.with_name(name) for name in SHARED if source.with_name(name).exists()),
+    ]
     digest = hashlib.sha256()
     for path in (source, *shared):
         digest.update(path.read_bytes())

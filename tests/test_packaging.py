@@ -181,8 +181,8 @@ ARROWS: dict[str, set[str]] = {
     "ci": FRONT | {"__init__", "verify", "autotune"},
     **dict.fromkeys(("cli", "cli_verify", "pytest_plugin"), FRONT | {"__init__", "verify", "autotune", "ci"}),
 }
-SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline"}
-STANDS_IN_FOR = {"hopper.forward": "forward", "hopper.backward_dcore": "backward_dkv"}
+SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline", "hopper.keys"}
+STANDS_IN_FOR = {"forward": "forward", "backward_dkv": "backward_dkv", "backward_dcore": "backward_dkv"}
 """Kernels for one architecture: they share the work and the tensors of the portable kernel that they stand in for."""
 
 
@@ -224,7 +224,7 @@ def crossed_arrows(module: str, source: str) -> Iterator[str]:
                 yield f"{module} imports {name}"
             in_kernels = layer == target == "kernels" and not inner.endswith("__init__")
             imported = ".".join(below[1:])
-            shared = SHARED_BY_KERNELS | {STANDS_IN_FOR.get(inner, "tunable")}
+            shared = SHARED_BY_KERNELS | {STANDS_IN_FOR.get(inner.removeprefix("hopper."), "tunable")}
             if in_kernels and not any(f"{imported}.".startswith(f"{part}.") for part in shared):
                 yield f"{module} imports {name}, another kernel file"
 

@@ -30,6 +30,7 @@ DIRECTION_OF: dict[str, Direction] = {
     "decode": "decode",
     "forward_hopper": "forward",
     "backward_dcore_hopper": "backward",
+    "backward_dkv_hopper": "backward",
 }
 STAND_INS = {
     "bfloat16": ("float32", "float16"),

@@ -177,10 +177,8 @@ def backward(
             q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq,
             config=configs["pooling_backward"], **call,
         )  # fmt: skip
-    launch_backward_dkv(
-        q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv,
-        config=configs["backward_dkv"], **call,
-    )  # fmt: skip
+    tensors = (q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv)
+    token_gradients(tensors, spec, sequences, configs)
     launch_backward_dq(q, k, v, k_core, v_core, dout, lse, delta, dq, config=configs["backward_dq"], **call)
     return dq, dk, dv
 
@@ -207,3 +205,15 @@ def core_gradients(
         config = configs["backward_dcore"]
         launch_backward_dcore(*tensors, lse, delta, *grads, spec=spec, sequences=sequences, config=config)
     return grads[0], grads[1]
+
+
+def token_gradients(tensors: tuple[Tensor, ...], spec: CCASpec, sequences: Sequences, configs: Configs) -> None:
+    """Fill dk and dv; `tensors` are those that `launch_backward_dkv` takes."""
+    q, k, v, dout = tensors[:4]
+    seen = min(q.shape[2] / 2, spec.window_size)  # raw tokens of a query, on average
+    flops = math.inf if configs.forces("backward_dkv_hopper") else 8.0 * q.numel() * seen
+    if hopper.usable(sequences, flops, q, k, v, dout):
+        config = configs["backward_dkv_hopper"]
+        hopper.backward_dkv.launch_backward_dkv_hopper(*tensors, spec=spec, config=config)
+    else:
+        launch_backward_dkv(*tensors, spec=spec, sequences=sequences, config=configs["backward_dkv"])

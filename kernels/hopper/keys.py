@@ -1,0 +1,160 @@
+"""Gradients of a tile of keys, cores or raw tokens, for Hopper: what `backward_dcore` and `backward_dkv` share."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from ..primitives import LOG2_E
+from .pipeline import barriers, slot, turn_of
+
+BLOCK_KEYS = gl.constexpr(128)
+"""Keys of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
+
+
+@gluon.jit
+def query_tiles(start, full, full_end, stop, BLOCK_Q: gl.constexpr):
+    """Of the queries start .. stop - 1, of which full .. full_end - 1 see every key: the first, and how many tiles lie
+    before, among and after those that see every key."""
+    left = gl.cdiv(gl.maximum(gl.minimum(full, stop) - start, 0), BLOCK_Q)
+    whole = gl.maximum(full_end - start - left * BLOCK_Q, 0) // BLOCK_Q
+    right = gl.cdiv(gl.maximum(stop - start - (left + whole) * BLOCK_Q, 0), BLOCK_Q)
+    return start, left, whole, right
+
+
+@gluon.jit
+def allocate(
+    DTYPE: gl.constexpr, Q_LAYOUT: gl.constexpr, K_LAYOUT: gl.constexpr,
+    BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Shared memory (q, dout, lse, delta, k, v), and the barriers for when (keys, q, dout) are ready and are free."""
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], Q_LAYOUT)
+    dout = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], Q_LAYOUT)
+    lse = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_Q], LINE)
+    delta = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_Q], LINE)
+    k = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], K_LAYOUT)
+    v = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], K_LAYOUT)
+    # q is ready when its copy has arrived and the statistics are written
+    q_ready, q_free = barriers(NUM_STAGES, 2), barriers(NUM_STAGES, 2)
+    dout_ready, dout_free = barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2)
+    return (q, dout, lse, delta, k, v), (barriers(2, 1), barriers(2, 1), q_ready, q_free, dout_ready, dout_free)
+
+
+@gluon.jit
+def feed_keys(item, batch, head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM: gl.constexpr):
+    """The keys and values of a tile, in halves."""
+    k_smem, v_smem = tiles_smem[4], tiles_smem[5]
+    HALF: gl.constexpr = BLOCK_KEYS // 2
+    for half in gl.static_range(2):
+        ready = bars[0].index(half)
+        row = [batch, head, first + half * HALF, 0]
+        mbarrier.wait(bars[1].index(half), (turn_of(item) & 1) ^ 1)
+        mbarrier.expect(ready, HALF * HEAD_DIM * 4)
+        tma.async_copy_global_to_shared(k_desc, row, ready, k_smem.index(half))
+        tma.async_copy_global_to_shared(v_desc, row, ready, v_smem.index(half))
+
+
+@gluon.jit
+def feed_queries(
+    batch, first_head, heads, all_heads, tiles, seq_len, count, q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars,
+    BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+):  # fmt: skip
+    """The queries of `heads` heads from `first_head` on, in the order that `sweep` takes them, with what is theirs."""
+    q_smem, dout_smem, lse_smem, delta_smem, _, _ = tiles_smem
+    _, _, q_ready, q_free, dout_ready, dout_free = bars
+    start, left, full, right = tiles
+    total = left + full + right
+    for step in range(heads * total):
+        head = first_head + step // total
+        number = step % total
+        edge = number + gl.where(number < left, 0, full)
+        query = start + gl.where(number < left + right, edge, number - right) * BLOCK_Q
+        stage, parity = slot(count, NUM_STAGES)
+        ready = q_ready.index(stage)
+        mbarrier.wait(q_free.index(stage), parity ^ 1)
+        mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
+        tma.async_copy_global_to_shared(q_desc, [batch, head, query, 0], ready, q_smem.index(stage))
+        offs = query + gl.arange(0, BLOCK_Q, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        stats = (batch * all_heads + head).to(gl.int64) * seq_len + offs
+        lse_smem.index(stage).store(gl.load(lse_ptr + stats, mask=offs < seq_len, other=0.0) * LOG2_E)
+        delta_smem.index(stage).store(gl.load(delta_ptr + stats, mask=offs < seq_len, other=0.0))
+        mbarrier.arrive(ready, count=1)
+        ready = dout_ready.index(stage)
+        mbarrier.wait(dout_free.index(stage), parity ^ 1)
+        mbarrier.expect(ready, BLOCK_Q * HEAD_DIM * 2)
+        tma.async_copy_global_to_shared(dout_desc, [batch, head, query, 0], ready, dout_smem.index(stage))
+        count += 1
+    return count
+
+
+@gluon.jit
+def sweep(
+    k, v, dk, dv, tiles_smem, bars, first_query, last_query, tiles, count,
+    SCALE_LOG2: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, MASKED: gl.constexpr,
+    SCORES: gl.constexpr, GRADS: gl.constexpr,
+):  # fmt: skip
+    """Add to dk (without the scale) and dv [K, D] what tiles of queries at the edges give (MASKED), or all the others.
+
+    Key j is seen by the queries first_query[j] .. last_query[j].
+    """
+    q_smem, dout_smem, lse_smem, delta_smem, _, _ = tiles_smem
+    _, _, q_ready, q_free, dout_ready, dout_free = bars
+    start, left, full, right = tiles
+    HALF: gl.constexpr = k.shape[0]
+    HEAD_DIM: gl.constexpr = k.shape[1]
+    QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
+    PROBS: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
+    for number in range(left + right if MASKED else full):
+        stage, parity = slot(count, NUM_STAGES)
+        q = q_smem.index(stage).reshape([BLOCK_Q, HEAD_DIM])
+        dout = dout_smem.index(stage).reshape([BLOCK_Q, HEAD_DIM])
+        blank = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=SCORES)
+        # keys by queries, so that the probabilities are a product's first operand as they come
+        mbarrier.wait(q_ready.index(stage), parity)
+        scores = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
+        mbarrier.wait(dout_ready.index(stage), parity)
+        dprobs = warpgroup_mma(v, dout.permute((1, 0)), blank, use_acc=False, is_async=True)
+        lse2 = lse_smem.index(stage).load(QUERIES)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        probs = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
+        if MASKED:
+            query = start + (number + gl.where(number < left, 0, full)) * BLOCK_Q
+            offs_q = query + gl.arange(0, BLOCK_Q, layout=QUERIES)
+            visible = (offs_q[None, :] >= first_query[:, None]) & (offs_q[None, :] <= last_query[:, None])
+            probs = gl.where(visible, probs, 0.0)
+        narrow = gl.convert_layout(probs.to(q_smem.dtype), PROBS)
+        dv = warpgroup_mma(narrow, dout, dv, is_async=True)
+        delta = delta_smem.index(stage).load(QUERIES)
+        dprobs = warpgroup_mma_wait(1, deps=[dprobs])
+        ds = gl.convert_layout((probs * (dprobs - delta[None, :])).to(q_smem.dtype), PROBS)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dv = warpgroup_mma_wait(1, deps=[dv])
+        mbarrier.arrive(dout_free.index(stage), count=1)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        mbarrier.arrive(q_free.index(stage), count=1)
+        count += 1
+    return dk, dv, count
+
+
+@gluon.jit
+def gather(
+    item, GROUP: gl.constexpr, heads, tiles_smem, bars, first_query, last_query, tiles, count,
+    SCALE_LOG2: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+    SCORES: gl.constexpr, GRADS: gl.constexpr,
+):  # fmt: skip
+    """dk (without the scale) and dv [K, D] of one half of a tile of keys, from the queries of `heads` heads."""
+    HALF: gl.constexpr = BLOCK_KEYS // 2
+    k = tiles_smem[4].index(GROUP).reshape([HALF, HEAD_DIM])
+    v = tiles_smem[5].index(GROUP).reshape([HALF, HEAD_DIM])
+    dk = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
+    dv = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
+    mbarrier.wait(bars[0].index(GROUP), turn_of(item) & 1)
+    for _ in range(heads):
+        for full in gl.static_range(2):
+            dk, dv, count = sweep(
+                k, v, dk, dv, tiles_smem, bars, first_query, last_query, tiles, count,
+                SCALE_LOG2, BLOCK_Q, NUM_STAGES, full == 0, SCORES, GRADS,
+            )  # fmt: skip
+    return dk, dv, count
