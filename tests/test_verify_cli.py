@@ -125,6 +125,14 @@ def test_a_run_writes_the_record_and_the_xml(planned: list[Unit], capsys: pytest
     assert "L0/canaries" in Path("r.html").read_text()
 
 
+@pytest.mark.usefixtures("planned")
+def test_the_record_can_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify("--layer", "L0", "--json", "-", "--jobs", "1", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["footer"]["exit_code"] == 0 and err.startswith("1 pass in ")
+    assert not list(Path.cwd().iterdir())
+
+
 def test_what_is_wrong_is_counted_and_ends_nothing(planned: list[Unit], capsys: pytest.CaptureFixture[str]) -> None:
     planned.insert(0, odd_unit("no_such_foundation", "foundation"))
     assert verify("--layer", "L0", "--json", "r.json", "--jobs", "1", "--quiet") == 3
@@ -132,7 +140,8 @@ def test_what_is_wrong_is_counted_and_ends_nothing(planned: list[Unit], capsys: 
     assert results["canaries"].status == "pass"
     broken = results["no_such_foundation"]
     assert (broken.status, broken.trouble) == ("error", "exception") and "KeyError" in broken.message
-    assert capsys.readouterr().err == ""
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("error L0/no_such_foundation: KeyError")
     assert judge_file(Path("r.json"))[0] == 3
 
 

@@ -80,7 +80,7 @@ def _l1(extent: Extent) -> Iterator[Unit]:
 def _l2(extent: Extent) -> Iterator[Unit]:
     yield Unit(
         id="L2/ratchet", layer="L2", check="every_level", runner="ratcheted", place="interpreter", mode="interpreter",
-        estimate_s=90.0,
+        estimate_s=40.0,
     )  # fmt: skip
     yield from (_levels_unit("L2", dtype, "interpreter", "interpreter") for dtype in INTERPRETED)
     for name in (*PLAIN[:2], "sequences_equal_alone"):
@@ -108,7 +108,7 @@ def _l5(extent: Extent) -> Iterator[Unit]:
     for name, planted in MUTANTS.items():
         yield Unit(
             id=f"L5/{planted.id}/{name}", layer="L5", check=planted.check, runner="mutant", place="host",
-            mode="interpreter", dtype=planted.case.problem.dtype, arguments={"mutant": name},
+            mode="interpreter", dtype=planted.case.problem.dtype, arguments={"mutant": name}, estimate_s=8.0,
         )  # fmt: skip
 
 
@@ -164,7 +164,8 @@ def _drawn_unit(layer: str, check: Check, extent: Extent, examples: int, *, cove
 def _levels_unit(layer: str, dtype: str, place: Place, mode: Mode, **options: Any) -> Unit:
     return Unit(
         id=f"{layer}/every_level/{dtype}", layer=layer, check="every_level", runner="levels", place=place, mode=mode,
-        direction="backward", dtype=dtype, estimate_s=30.0, arguments={"cases": FEW, **options},
+        direction="backward", dtype=dtype, estimate_s=2.0 if mode == "eager" else 20.0,
+        arguments={"cases": FEW, **options},
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def _check_unit(
     return Unit(
         id=f"{layer}/{prefix}{check.name}/{dtype}", layer=layer, check=check.name, runner=runner, place=place,
         mode=mode, properties=check.properties, direction=check.direction, dtype=dtype,
-        arguments={"cases": cases, **options}, limit_s=600.0,
+        arguments={"cases": cases, **options}, limit_s=600.0, estimate_s=len(cases) * (0.2 if mode == "eager" else 2.0),
     )  # fmt: skip
 
 

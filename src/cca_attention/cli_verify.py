@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .verify.units import Unit
 
 OK, USAGE, BROKEN, INTERRUPTED = 0, 5, 4, 130
+STDOUT = Path("-")
+MOST_FINDINGS = 10
 LAYERS = ("L0", "L1", "L2", "L3", "L4", "L5", "L6")
 EPILOG = """Examples: cca-verify --json R.json && cca-verify report R.json --output R.html;
 cca-verify --profile a100-80gb.yaml; cca-verify --layer L0 --layer L2 --list
@@ -45,7 +47,7 @@ def verify(
     layer: Annotated[list[str] | None, typer.Option("--layer", metavar="L0..L6", help="Only this; repeatable.")] = None,
     profile: Annotated[Path | None, _file("--profile", "Check each config of a profile; alone, nothing else.")] = None,
     gpu: Annotated[str, typer.Option("--gpu", metavar="auto|none", help="Whether to use the GPU at hand.")] = "auto",
-    json_path: Annotated[Path | None, _file("--json", "Where to write the record.")] = None,
+    json_path: Annotated[Path | None, _file("--json", "Where to write the record; -: stdout.")] = None,
     junit: Annotated[Path | None, _file("--junit", "Where to write JUnit XML.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Statistical suspicions fail.")] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random examples.")] = 0,
@@ -186,7 +188,7 @@ def _check_numbers(
 
 
 def _check_output(option: str, path: Path | None) -> None:
-    if path is None:
+    if path is None or (option == "--json" and path == STDOUT):
         return
     if path.is_dir():
         raise Refused(f"{option} {path} is a directory")
@@ -249,11 +251,14 @@ def _conclude(record: Record, json_path: Path | None, junit: Path | None) -> int
     from .verify.record import as_json, write
 
     text = as_json(record)
-    if json_path is not None:
+    to_stdout = json_path == STDOUT
+    if to_stdout:
+        typer.echo(text, nl=False)
+    elif json_path is not None:
         write(json_path, text)
     if junit is not None:
         write(junit, as_junit(record))
-    typer.echo(summary(record))
+    typer.echo(summary(record), err=to_stdout)
     code = record.footer.exit_code
     rederived = exit_code(complaints(json.loads(text), record.header.expected))
     if record.complete and rederived != code:
@@ -262,9 +267,13 @@ def _conclude(record: Record, json_path: Path | None, junit: Path | None) -> int
 
 
 def summary(record: Record) -> str:
-    """The last lines of a run: counts, and the verdict."""
+    """The last lines of a run: what is wrong, counts, and the verdict."""
+    wrong = [r for r in record.results if r.status in ("fail", "error")]
+    findings = [f"{r.status} {r.id}: {r.message}" for r in wrong[:MOST_FINDINGS]]
+    more = [f"and {len(wrong) - MOST_FINDINGS} more"] if len(wrong) > MOST_FINDINGS else []
     numbers = ", ".join(f"{n} {status}" for status, n in record.footer.counts.items() if n)
-    return f"{numbers} in {record.footer.duration_s:.0f} s\nverdict {record.footer.exit_code}: {record.footer.verdict}"
+    end = f"{numbers} in {record.footer.duration_s:.0f} s"
+    return "\n".join([*findings, *more, end, f"verdict {record.footer.exit_code}: {record.footer.verdict}"])
 
 
 if __name__ == "__main__":
