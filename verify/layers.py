@@ -113,18 +113,19 @@ def _l5(extent: Extent) -> Iterator[Unit]:
 
 
 def _l6(extent: Extent) -> Iterator[Unit]:
+    # the longest first, so that no worker is left with one of them at the end
+    for tool in gpu.TOOLS:
+        yield _gpu_unit(f"sanitizer/{tool}", "sanitizer", "", {"tool": tool}, limit_s=400.0)
+    for dtype in COMPILED:
+        yield _gpu_unit(f"repeats/{dtype}", "repeats", dtype, {"times": REPEATS}, properties=("P33",))
     yield from (_levels_unit("L6", dtype, "gpu", "gpu", device="cuda") for dtype in COMPILED)
     for check in checks().values():
         for dtype in COMPILED:
             yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
     yield from (_drawn_unit("L6", check, extent, EXAMPLES["L6"]) for check in checks().values())
     yield from _configs("L6", "bfloat16", "gpu", extent)
-    for dtype in COMPILED:
-        yield _gpu_unit(f"repeats/{dtype}", "repeats", dtype, {"times": REPEATS}, properties=("P33",))
     for direction in ("forward", "backward", "decode"):
         yield _gpu_unit(f"large/{direction}", "large", "bfloat16", {}, direction=direction, alone=True)
-    for tool in gpu.TOOLS:
-        yield _gpu_unit(f"sanitizer/{tool}", "sanitizer", "", {"tool": tool}, limit_s=400.0)
 
 
 def _gpu_unit(name: str, runner: str, dtype: str, arguments: dict[str, Any], **fields: Any) -> Unit:

@@ -106,7 +106,10 @@ class _Crew:
         self._display.started(unit)
         started = time.monotonic()
         try:
-            return result_from(child.call(run_unit, unit.as_dict(), timeout_s=min(unit.limit_s, left)))
+            result = result_from(child.call(run_unit, unit.as_dict(), timeout_s=min(unit.limit_s, left)))
+            if self._place == "gpu" and result.status != "pass":
+                child.close()  # a GPU's context does not survive every error
+            return result
         except ChildFailedError as error:
             result = failed(unit, TROUBLES[error.kind], str(error))
             return replace(result, duration_s=time.monotonic() - started)

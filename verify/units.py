@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from .cases import Case
 from .record import Mode, Result, Trouble, result_as_dict
 from .tolerance import Comparison
@@ -121,6 +123,8 @@ def run_unit(values: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     unit = Unit(**fields)
     started = time.monotonic()
+    if unit.place == "gpu":
+        torch.set_num_threads(1)  # there is a worker for each core
     try:
         result = RUNNERS[unit.runner](unit)
     except Exception as error:
