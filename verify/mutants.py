@@ -259,10 +259,10 @@ def judge_all(
     Raises:
         ValueError: for a name that there is not.
     """
-    verdicts = []
+    verdicts, chosen = [], selected(names)
     with workshop() as (forks, original):
         judge = Judge(forks, original)
-        for name in selected(names):
+        for name in chosen:
             verdicts.append(judge.judge(name, MUTANTS[name]))
             if on_result is not None:
                 on_result(verdicts[-1])
