@@ -92,7 +92,7 @@ def backward_dcore_hopper_kernel(
 ):
     # fmt: on
     """Persistent: each program takes every `num_programs`-th tile of cores."""
-    tiles_smem, bars = allocate(q_desc.dtype, q_desc.layout, k_desc.layout, BLOCK_Q, HEAD_DIM, NUM_STAGES)
+    tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     gl.warp_specialize(
         [

@@ -149,7 +149,7 @@ def backward_dkv_hopper_kernel(
 ):
     # fmt: on
     """Persistent: each program takes every `num_programs`-th tile of tokens."""
-    tiles_smem, bars = allocate(q_desc.dtype, q_desc.layout, k_desc.layout, BLOCK_Q, HEAD_DIM, NUM_STAGES)
+    tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     pooled = (q_ptr, q_strides, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr)
     gl.warp_specialize(

@@ -24,18 +24,15 @@ def query_tiles(start, full, full_end, stop, BLOCK_Q: gl.constexpr):
 
 
 @gluon.jit
-def allocate(
-    DTYPE: gl.constexpr, Q_LAYOUT: gl.constexpr, K_LAYOUT: gl.constexpr,
-    BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
-):  # fmt: skip
+def allocate(q_desc, k_desc, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr):
     """Shared memory (q, dout, lse, delta, k, v), and the barriers for when (keys, q, dout) are ready and are free."""
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], Q_LAYOUT)
-    dout = gl.allocate_shared_memory(DTYPE, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], Q_LAYOUT)
+    q = gl.allocate_shared_memory(q_desc.dtype, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], q_desc.layout)
+    dout = gl.allocate_shared_memory(q_desc.dtype, [NUM_STAGES, 1, 1, BLOCK_Q, HEAD_DIM], q_desc.layout)
     lse = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_Q], LINE)
     delta = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_Q], LINE)
-    k = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], K_LAYOUT)
-    v = gl.allocate_shared_memory(DTYPE, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], K_LAYOUT)
+    k = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], k_desc.layout)
+    v = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, BLOCK_KEYS // 2, HEAD_DIM], k_desc.layout)
     # q is ready when its copy has arrived and the statistics are written
     q_ready, q_free = barriers(NUM_STAGES, 2), barriers(NUM_STAGES, 2)
     dout_ready, dout_free = barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2)
