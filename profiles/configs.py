@@ -14,9 +14,6 @@ from .. import kernels
 from ..kernels import primitives
 from ..kernels.tunable import Config, Tunable
 
-SHARED = ("keys.py", "pipeline.py")
-"""Files beside a kernel's own that several kernels of one architecture are made of."""
-
 
 def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
     """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture.
@@ -49,13 +46,14 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
 
 @cache
 def source_hash(kernel: str) -> str:
-    """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others."""
+    """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others.
+
+    That is primitives.py, and for the kernels of one architecture the files beside theirs that they import from.
+    """
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
-    shared = [
-        Path(primitives.__file__),
-        *(source.with_name(name) for name in SHARED if source.with_name(name).exists()),
-    ]
+    text = source.read_text()
+    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys") if f"from .{name} " in text]
     digest = hashlib.sha256()
-    for path in (source, *shared):
+    for path in (source, Path(primitives.__file__), *beside):
         digest.update(path.read_bytes())
     return digest.hexdigest()
