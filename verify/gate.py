@@ -148,7 +148,7 @@ def run_trials(
             continue
         count += 1
         dtypes.add(trial.case.problem.dtype)
-        comparisons, outcome, reason = _tried(trial, kernel)
+        comparisons, outcome, reason = tried(trial, kernel)
         worst = max([worst, *(comparison.budget_use for comparison in comparisons)])
         if outcome != "passed":
             message = f"{trial.case.problem}, {trial.case.family}: {reason}"
@@ -162,7 +162,7 @@ def run_trials(
     return Evidence(True, SUITE, seed, count, worst, mode, note, source_hash(kernel))
 
 
-def _tried(trial: Trial, kernel: str) -> tuple[list[Comparison], Outcome, str]:
+def tried(trial: Trial, kernel: str) -> tuple[list[Comparison], Outcome, str]:
     """The comparisons of a trial, what came of it and why."""
     try:
         with _launches(kernel) as launched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -70,26 +71,35 @@ def _none_of(name: str, count: int) -> Comparison:
 def large(unit: Unit) -> Result:
     """Offsets beyond 2^31: the last and the first head of a huge call have the bits of a call with that head alone."""
     torch.cuda.empty_cache()
-    return judge(unit, _huge_decode() if unit.direction == "decode" else _huge(unit.direction == "backward"))
+    if unit.direction == "decode":
+        return judge(unit, _huge_decode())
+    return judge(unit, _huge(unit.direction == "backward", unit.arguments["first"]))
 
 
-def _normal(*shape: int) -> Tensor:
+def _normal(*shape: int, first: int = 0) -> Tensor:
+    """Values that begin at element `first` of their memory: an odd one keeps away kernels that need alignment."""
     generator = torch.Generator(DEVICE).manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.bfloat16, device=DEVICE)
+    values = torch.randn(first + math.prod(shape), generator=generator, dtype=torch.bfloat16, device=DEVICE)
+    return values[first:].view(shape)
 
 
 def _defaults(problem: Problem) -> Schedule:
     """The built-in configs for `problem`, to be used for parts of it too: other tiles may give other bits."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability()) if DEVICE == "cuda" else "sm_80"
-    return Schedule({name: tunable.default(problem, arch) for name, tunable in tunables().items()})
+    arch = arch_at_hand() if DEVICE == "cuda" else "sm_80"
+    return Schedule({name: tunable.default(problem, arch) for name, tunable in tunables(arch).items()})
 
 
-def _huge(grads: bool) -> Evaluated:
+def arch_at_hand() -> str:
+    """Architecture of the GPU that is here, such as "sm_90"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def _huge(grads: bool, first: int) -> Evaluated:
     p = Problem(**LARGE, group_size=16, window_size=256)
     case = Case(problem=p, device=DEVICE, schedule=_defaults(p))
     shape = p.batch, p.q_heads, p.seq_len, p.head_dim
-    q, k, v = (_normal(*shape) for _ in range(3))
-    inputs = Inputs(q, k, v, _normal(*shape) if grads else q, torch.zeros(shape[:3], device=DEVICE))
+    q, k, v = (_normal(*shape, first=first) for _ in range(3))
+    inputs = Inputs(q, k, v, _normal(*shape, first=first) if grads else q, torch.zeros(shape[:3], device=DEVICE))
     results = run(case, inputs, grads=grads)
     for heads in (slice(p.q_heads - 1, p.q_heads), slice(0, 1)):
         part = Inputs(*(x[:, heads].contiguous() for x in inputs))

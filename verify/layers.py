@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from ..kernels.tunable import Config
 from ..problem import Problem
 from ..profiles.configs import tunables
@@ -124,8 +126,9 @@ def _l6(extent: Extent) -> Iterator[Unit]:
             yield _check_unit("L6", check, dtype, "gpu", "gpu", _cases_of(check, dtype, "bfloat16"), device="cuda")
     yield from (_drawn_unit("L6", check, extent, EXAMPLES["L6"]) for check in checks().values())
     yield from _configs("L6", "bfloat16", "gpu", extent)
-    for direction in ("forward", "backward", "decode"):
-        yield _gpu_unit(f"large/{direction}", "large", "bfloat16", {}, direction=direction, alone=True)
+    for direction, first in (("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1), ("decode", 0)):
+        name = f"large/{direction}{'/unaligned' if first else ''}"
+        yield _gpu_unit(name, "large", "bfloat16", {"first": first}, direction=direction, alone=True)
 
 
 def _gpu_unit(name: str, runner: str, dtype: str, arguments: dict[str, Any], **fields: Any) -> Unit:
@@ -185,7 +188,8 @@ def _check_unit(
 def _configs(layer: str, dtype: str, place: Place, extent: Extent) -> Iterator[Unit]:
     """A unit for each choice of tiles of each kernel: the interpreter knows no warps or stages, a GPU gets them all."""
     problem = Problem(**{**gate.STANDARD, "dtype": dtype})
-    for kernel, tunable in tunables().items():
+    arch = gpu.arch_at_hand() if place == "gpu" and torch.cuda.is_available() else None
+    for kernel, tunable in tunables(arch).items():
         groups: dict[str, list[Config]] = {}
         for config, refusal in tunable.candidates(problem):
             if refusal is None:

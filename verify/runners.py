@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -10,15 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
-from ..kernels.tunable import Config, Schedule
+from ..kernels.tunable import Config, Schedule, Tunable
 from ..problem import Problem
 from ..profiles.configs import as_config, tunables
 from . import canary, gate, ratchet, shadow
 from .cases import Case
 from .foundations import FOUNDATIONS
-from .gate_cases import Trial, look
+from .gate_cases import Trial
 from .inputs import poisoned_memory
 from .levels import every_level
 from .mutants import MUTANTS, Judge, workshop
@@ -148,11 +148,12 @@ def _forced(unit: Unit, lacking: list[str]) -> Evaluated:
     for values in unit.arguments["configs"]:
         forced = as_config(unit.kernel, values)
         case = replace(_ragged(unit, forced), schedule=Schedule({unit.kernel: forced}))
-        try:
-            comparisons = look(Trial(case), unit.kernel)
-        except OutOfResources as error:  # refused by the compiler before anything ran
-            lacking.append(f"{error}")
+        comparisons, outcome, reason = gate.tried(Trial(case), unit.kernel)
+        if outcome == "oom":  # the compiler refused it before anything ran
+            lacking.append(reason)
             continue
+        if outcome != "passed" and not comparisons:
+            comparisons = [Comparison(outcome, math.inf, (), False, detail=reason)]
         yield case, comparisons
 
 
@@ -164,7 +165,8 @@ def _ragged(unit: Unit, config: Config) -> Case:
         batch=2 if on_gpu else 1, q_heads=4 if on_gpu else 2, kv_heads=2 if on_gpu else 1, dtype=unit.dtype,
         head_dim=128 if on_gpu else 16, group_size=3, window_size=20, seq_len=min(tile, 256) + 45,
     )  # fmt: skip
-    return Case(problem=problem, layout="different", device="cuda" if on_gpu else "cpu")
+    layout = "transposed" if Tunable.REGISTRY[unit.kernel].archs else "different"  # those need aligned memory
+    return Case(problem=problem, layout=layout, device="cuda" if on_gpu else "cpu")
 
 
 @runner
