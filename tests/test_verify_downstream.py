@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ import yaml
 from cca_attention import Problem, cli_verify
 from cca_attention.kernels.forward import ForwardConfig
 from cca_attention.kernels.pooling import PoolingConfig
-from cca_attention.profiles.configs import source_hash
-from cca_attention.verify.record import read
+from cca_attention.profiles.configs import source_hash, tunables
+from cca_attention.profiles.schema import Baseline, Entry, Profile
+from cca_attention.verify.layers import profile_units
+from cca_attention.verify.record import Result, read
+from cca_attention.verify.run import Options, run
+from cca_attention.verify.units import Unit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "downstream"
@@ -92,6 +96,25 @@ def test_the_command_checks_a_profile(tmp_path: Path, capsys: pytest.CaptureFixt
     (result,) = read(record).results
     assert (result.id, result.status, result.kernel) == (f"profile/pooling/{PROBLEM}", "pass", "pooling")
     assert result.budget_use is not None and 0 < result.budget_use <= 1
+
+
+def test_a_kernel_of_one_gpu_is_not_run_without_one() -> None:
+    hopper = tunables("sm_90")["forward_hopper"]
+    half = replace(PROBLEM, head_dim=64, dtype="bfloat16")
+    config = next(config for config, refusal in hopper.candidates(half) if refusal is None)
+    entry = Entry(
+        kernel="forward_hopper", problem=half, config=asdict(config), evidence="default",
+        baseline=Baseline(config=asdict(config), time_us=None),
+    )  # fmt: skip
+    (unit,) = profile_units(Profile.model_construct(entries=(entry,)))
+    (result,) = run([unit], Options(gpu=False), Silence())
+    assert (result.status, result.id) == ("not-run", f"profile/forward_hopper/{half}")
+
+
+class Silence:
+    def started(self, unit: Unit) -> None: ...
+
+    def ended(self, result: Result) -> None: ...
 
 
 def options_used(text: str) -> set[str]:

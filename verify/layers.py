@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.tunable import Config
+from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import tunables
 from ..profiles.schema import Entry, Profile
@@ -215,9 +215,11 @@ def profile_units(profile: Profile) -> list[Unit]:
 
 
 def _profile_unit(entry: Entry) -> Unit:
+    on_gpu = bool(Tunable.REGISTRY[entry.kernel].archs)  # there is no interpreter for it
     return Unit(
         id=f"profile/{entry.kernel}/{entry.problem}", layer="profile", check="check_config", runner="profile_entry",
-        place="host", mode="interpreter", kernel=entry.kernel, dtype=entry.problem.dtype,
+        place="gpu" if on_gpu else "host", mode="gpu" if on_gpu else "interpreter", kernel=entry.kernel,
+        dtype=entry.problem.dtype,
         limit_s=gate.TIMEOUT_S + 60.0, estimate_s=30.0,
         arguments={"config": dict(entry.config), "problem": entry.problem.as_dict()},
     )  # fmt: skip
