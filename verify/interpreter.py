@@ -1,7 +1,12 @@
-"""Triton's interpreter, about twice as fast: without this it patches the language anew at every device function."""
+"""Triton's interpreter, nearly three times as fast.
+
+It patches the language anew at every device function, where once a launch is enough, and computes overflow checks of
+integer arithmetic whose result it looks at only in debug mode (which the shadow checker turns on).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -34,5 +39,8 @@ def patch_language_once_per_launch() -> None:
         finally:
             _language_patched = outer
 
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
     patch.once_per_launch = True  # type: ignore[attr-defined]
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch

@@ -83,7 +83,8 @@ class Instrument:
                 for name in names:
                     stack.enter_context(_wrapped(owner, name, self._allocate))
             # device_assert and the overflow checks of integer arithmetic are silent without
-            stack.enter_context(_replaced(builder, "options", dataclasses.replace(builder.options, debug=True)))
+            loud = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
+            stack.enter_context(_replaced(builder, "options", loud))
             yield
 
     # --- launches -----------------------------------------------------------------------------------------------------
