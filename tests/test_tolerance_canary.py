@@ -143,3 +143,13 @@ def test_a_rule_that_breaks_later_is_noticed_within_256_judgements() -> None:
     with pytest.raises(CanaryError, match=r"rule accepts what is wrong: bad examples \[0\]"):
         for _ in range(EVERY):
             rule(2.0)
+
+
+def test_a_rule_that_failed_once_is_believed_never() -> None:
+    @guarded(lambda judge: judge(True), lambda judge: judge(False))
+    def takes_anything(right: bool) -> Comparison:
+        return Comparison("it", 0.0, (), True)
+
+    for _ in range(3):
+        with pytest.raises(CanaryError, match="accepts what is wrong"):
+            takes_anything(True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import wraps
-from itertools import count
 from typing import ParamSpec, Protocol, TypeVar
 
 EVERY = 256
@@ -40,7 +39,7 @@ def guarded(good: Probe, *bad: Probe) -> Callable[[Callable[P, V]], Callable[P, 
     """Decorator of a rule: `good` and `bad` call the rule that they are given, and it must accept and refuse them."""
 
     def guard(rule: Callable[P, V]) -> Callable[P, V]:
-        where, calls = f"{rule.__module__}.{rule.__name__}", count()
+        where, trusted = f"{rule.__module__}.{rule.__name__}", 0
 
         def prove(judge: Callable[..., Verdict]) -> None:
             if not good(judge).ok:
@@ -50,8 +49,11 @@ def guarded(good: Probe, *bad: Probe) -> Callable[[Callable[P, V]], Callable[P, 
 
         @wraps(rule)
         def judged(*args: P.args, **kwargs: P.kwargs) -> V:
-            if next(calls) % EVERY == 0:
-                prove(rule)
+            nonlocal trusted
+            if not trusted:
+                prove(rule)  # a rule that fails it is not trusted at the next call either
+                trusted = EVERY
+            trusted -= 1
             return rule(*args, **kwargs)
 
         _PROOFS[rule.__module__, rule.__name__] = prove
