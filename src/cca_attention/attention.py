@@ -47,9 +47,10 @@ def configs_for(handle: str, q: Tensor, k: Tensor, spec: CCASpec) -> fused.Confi
     """The configs that a registered profile gives for these tensors."""
     problem = fused.problem_of(q, k, spec)
     profile = _registered(handle) if handle else Schedule()
-    forced = isinstance(profile, Schedule)
-    schedule = profile if forced else profile.schedule(problem)
-    return fused.Configs(schedule, problem, fused.architecture(q.device), forced=forced)
+    arch = fused.architecture(q.device)
+    if isinstance(profile, Schedule):
+        return fused.Configs(profile, problem, arch, forced=True)
+    return fused.Configs(profile.schedule(problem), problem, arch)
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
