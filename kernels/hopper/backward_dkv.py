@@ -186,7 +186,7 @@ SPACE = {"block_q": (32, 64), "num_warps": (4,), "num_stages": (2, 3, 4)}
 
 def default_config(problem: Problem, arch: str) -> BackwardDkvHopperConfig:
     """A config that runs every `problem` of these kernels."""
-    return BackwardDkvHopperConfig(block_q=64, num_stages=2)
+    return BackwardDkvHopperConfig(block_q=64, num_stages=3)
 
 
 def launch_backward_dkv_hopper(
