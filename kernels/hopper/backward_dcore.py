@@ -14,9 +14,9 @@ from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dkv import allocate_dcore, dcore_work
 from ..primitives import LOG2_E, first_query_of_core
-from ..tunable import Config, Tunable
-from .keys import BLOCK_KEYS, allocate, feed_keys, feed_queries, gather, query_tiles
-from .limits import ARCH, refusal
+from ..tunable import Tunable
+from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
+from .limits import ARCH
 from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors
 
 
@@ -109,21 +109,8 @@ def backward_dcore_hopper_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BackwardDcoreHopperConfig(Config):
-    """Launch choices of `backward_dcore_hopper_kernel`: queries of a tile; `num_stages` such tiles in flight."""
-
-    block_q: int = 64
-
-    def refusal(self, problem: Problem) -> str | None:
-        """Why this config cannot run `problem`, or None."""
-        if self.num_warps != 4:
-            return f"num_warps {self.num_warps} is not 4, the warps of a matrix instruction"
-        if self.block_q < 16:
-            return f"block_q {self.block_q} is below 16, the smallest side of a matrix product"
-        return Config.refusal(self, problem) or refusal(problem)
-
-
-SPACE = {"block_q": (32, 64), "num_warps": (4,), "num_stages": (2, 3, 4)}
+class BackwardDcoreHopperConfig(QueryTilesConfig):
+    """Launch choices of `backward_dcore_hopper_kernel`."""
 
 
 def default_config(problem: Problem, arch: str) -> BackwardDcoreHopperConfig:
