@@ -74,7 +74,7 @@ def wide_offsets(case: Case) -> list[Comparison]:
     The memory between them is never touched, so that it takes none. The interpreter's checks of arithmetic are on.
     """
     inputs = make_inputs(case)
-    options = replace(interpreter.interpreter_builder.options, debug=True)
+    options = replace(interpreter.interpreter_builder.options, debug=True, sanitize_overflow=True)
     expected, results = run(case, inputs), []
     for axis, what in ((1, "heads"), (2, "tokens")):
         wide = inputs._replace(**{name: _spread(getattr(inputs, name), axis) for name in ("q", "k", "v")})
