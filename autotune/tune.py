@@ -7,7 +7,7 @@ recorded as it ends, so that an interrupted run goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
@@ -137,7 +137,8 @@ class Tuner:
     def _shortlist(self, kernel: Progress) -> list[Config]:
         """The default, then those that may fit, each launch only once, from the one that the model expects most of."""
         request, tunable = self._request, kernel.tunable
-        default_first = sorted(kernel.sketches, key=lambda config: config != kernel.default)
+        # sketches come in the order that workers finish: the choice among equals must not depend on it
+        default_first = sorted(kernel.sketches, key=lambda config: (config != kernel.default, astuple(config)))
         different = space.distinct({config: kernel.sketches[config] for config in default_first})
         kernel.same = len(kernel.sketches) - len(different)
         estimates: dict[Config, float] = {}

@@ -93,6 +93,17 @@ def test_every_config_is_accounted_for_and_a_second_run_repeats_nothing(toy: Any
     assert (second.chosen, second.evidence) == (first.chosen, first.evidence)
 
 
+def test_the_choice_among_equals_does_not_depend_on_which_worker_was_first(toy: Any, cache: Path) -> None:
+    request = request_for(toy, cache)
+    same = [(config, replace(sketch, key="one")) for config, sketch in run(request).sketches.items()]
+    chosen = []
+    for sketches in (same, same[::-1]):
+        (kernel,) = plan(request)
+        kernel.sketches = dict(sketches)
+        chosen.append(Tuner(request, Journal(cache), [kernel], lambda _: None)._shortlist(kernel))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 1
+
+
 def test_what_cannot_run_on_a_smaller_gpu_is_dropped_with_its_reason(toy: Any, cache: Path) -> None:
     full = run(request_for(toy, cache))
     needed = max(r.shared_bytes for trial in full.trials.values() for r in trial.resources)
