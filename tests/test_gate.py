@@ -69,6 +69,14 @@ def test_a_kernel_for_one_gpu_is_refused_in_the_interpreter() -> None:
         )  # fmt: skip
 
 
+def test_and_on_a_gpu_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gate, "architecture", lambda device: "sm_80")
+    config = tunables("sm_90")["forward_hopper"].default(PROBLEM, "sm_90")
+    evidence = check_config("forward_hopper", config, problem=PROBLEM)
+    assert (evidence.outcome, evidence.message) == ("refused", "refused: it runs on sm_90 only, not on sm_80")
+
+
 @pytest.mark.parametrize("kernel", tunables())
 def test_the_small_shapes_are_of_the_problems_kind(kernel: str) -> None:
     config = tunables()[kernel].default(PROBLEM, "sm_80")

@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from ..fused import architecture
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import as_config, source_hash, tunables
@@ -104,8 +105,9 @@ def _check(
     problem = problem or Problem(**STANDARD)
     mode: Mode = "gpu" if torch.cuda.is_available() else "interpreter"
     refusal = config.refusal(problem)
-    if mode == "interpreter" and (archs := Tunable.REGISTRY[kernel].archs):
-        refusal = f"it runs on {', '.join(archs)} only, not in the interpreter"
+    arch = architecture(torch.device("cuda" if mode == "gpu" else "cpu"))
+    if (archs := Tunable.REGISTRY[kernel].archs) and arch not in archs:
+        refusal = f"it runs on {', '.join(archs)} only, not {f'on {arch}' if mode == 'gpu' else 'in the interpreter'}"
     if refusal is not None:
         return _against(kernel, mode, "refused", f"refused: {refusal}")
     request = {
