@@ -22,6 +22,7 @@ from cca_attention.autotune.progress import Request
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.store import load_profile, read_profile
+from cca_attention.terminal import INTERRUPTED, NO_DEVICE, OK, USAGE, WRONG
 
 DATA = Path(__file__).parent / "data"
 COMMAND = (sys.executable, "-c", "from cca_attention.cli import tune_main; tune_main()")
@@ -82,7 +83,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 )
 def test_bad_input_is_refused_with_one_line(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
     code, line = refusal(capsys, *arguments.split())
-    assert (code, said in line) == (cli.USAGE, True), line
+    assert (code, said in line) == (USAGE, True), line
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused(
@@ -90,7 +91,7 @@ def test_an_output_directory_that_cannot_be_written_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     code, line = refusal(capsys, "--ctx", "64", "--gpu", "a100", "--output", "/a.yaml")
-    assert (code, line) == (cli.USAGE, "--output /a.yaml: the directory / cannot be written")
+    assert (code, line) == (USAGE, "--output /a.yaml: the directory / cannot be written")
 
 
 def test_no_gpu_and_none_named_is_its_own_exit_code(
@@ -98,18 +99,18 @@ def test_no_gpu_and_none_named_is_its_own_exit_code(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, line = refusal(capsys, "--ctx", "64")
-    assert code == cli.NO_DEVICE and line.startswith("there is no GPU here; name the one to tune for: --gpu a100-40gb,")
+    assert code == NO_DEVICE and line.startswith("there is no GPU here; name the one to tune for: --gpu a100-40gb,")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA T4")
     code, line = refusal(capsys, "--ctx", "64")
-    assert code == cli.NO_DEVICE and line.startswith("unknown GPU 'NVIDIA T4'")
+    assert code == NO_DEVICE and line.startswith("unknown GPU 'NVIDIA T4'")
 
 
 def test_a_file_that_is_in_the_way_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "notes.yaml"
     path.write_text("milk: 2\n")
     code, line = refusal(capsys, "--ctx", "64", "--gpu", "a100", "--kernels", "pooling", "--output", str(path))
-    assert code == cli.USAGE and "exists and cannot be added to" in line
+    assert code == USAGE and "exists and cannot be added to" in line
     assert path.read_text() == "milk: 2\n"
 
 
@@ -137,16 +138,16 @@ def request_for(toy: Any, folder: Path, verify: Any) -> Request:
 
 def test_results_go_to_stdout_and_words_to_stderr(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, request = tmp_path / "a100.yaml", request_for(toy, tmp_path / "cache", toy.accept)
-    assert cli._run(request, output, as_json=True, quiet=False) == cli.OK
+    assert cli._run(request, output, as_json=True, quiet=False) == OK
     out, err = capsys.readouterr()
     summary = json.loads(out)
     assert summary["profile"] == str(output) and summary["kernels"]["toy"]["chosen"] is not None
     assert "toy: compiling 2 configs" in err and f'cca_attention(..., profile="{output}")' in err
-    assert cli._run(request, output, as_json=False, quiet=True) == cli.OK
+    assert cli._run(request, output, as_json=False, quiet=True) == OK
     out, err = capsys.readouterr()
     assert "toy" in out and f"wrote {output}" in out and err == ""
     longer = replace(request, problem=replace(request.problem, seq_len=8192))
-    assert cli._run(longer, output, as_json=False, quiet=True) == cli.OK
+    assert cli._run(longer, output, as_json=False, quiet=True) == OK
     assert {entry.problem.seq_len for entry in read_profile(output).entries} == {4096, 8192}
 
 
@@ -154,7 +155,7 @@ def test_a_run_whose_kernel_is_wrong_writes_nothing(
     toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = request_for(toy, tmp_path / "cache", toy.reject_all)
-    assert cli._run(request, tmp_path / "a100.yaml", as_json=True, quiet=False) == cli.WRONG
+    assert cli._run(request, tmp_path / "a100.yaml", as_json=True, quiet=False) == WRONG
     out, err = capsys.readouterr()
     assert json.loads(out)["profile"] is None
     assert "toy has no config: the 2 best configs failed verification: out is off by 3 budgets" in err
@@ -174,7 +175,7 @@ def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Pa
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == cli.INTERRUPTED
+    assert run.returncode == INTERRUPTED
     assert err.splitlines()[-1] == (
         "cca-tune: interrupted; what was finished is kept, the same command goes on from there"
     )
@@ -188,7 +189,7 @@ def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, *options, "--cache-dir", str(tmp_path)], capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == cli.OK, done.stderr
+    assert done.returncode == OK, done.stderr
     summary = json.loads(done.stdout)
     pooling = summary["kernels"]["pooling"]
     assert summary["evidence"] == "modelled" and summary["profile"] == "a100-80gb.yaml"

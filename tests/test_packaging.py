@@ -179,7 +179,11 @@ ARROWS: dict[str, set[str]] = {
     "verify": FRONT | {"__init__"},
     "autotune": FRONT | {"__init__", "verify"},
     "ci": FRONT | {"__init__", "verify", "autotune"},
-    **dict.fromkeys(("cli", "cli_verify", "pytest_plugin"), FRONT | {"__init__", "verify", "autotune", "ci"}),
+    "terminal": set(),
+    **dict.fromkeys(
+        ("cli", "cli_verify", "cli_bench", "cli_profile", "pytest_plugin"),
+        FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},
+    ),
 }
 SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline", "hopper.keys"}
 STANDS_IN_FOR = {"forward": "forward", "backward_dkv": "backward_dkv", "backward_dcore": "backward_dkv"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .problem import Problem
+from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .autotune.progress import Progress, Request
     from .profiles.schema import Profile
 
-OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 MOST_JOBS = 8
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 OPTIONS = {
@@ -34,50 +34,27 @@ Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong u
 3 no usable GPU; 130 interrupted, what was finished is kept and the same command goes on from there."""
 
 
-class Refused(Exception):
-    """A request that cannot be carried out: one line for the user and the exit code."""
-
-    def __init__(self, message: str, code: int = USAGE) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a whole number") from error
-
-
-def _number(option: str, description: str) -> Any:
-    return typer.Option(option, parser=_whole, metavar="N", help=description)
-
-
-def _choice(option: str, description: str, *choices: str) -> Any:
-    return typer.Option(option, metavar="|".join(choices), help=description)
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = new_app()
 
 
 @app.command(epilog=EPILOG)
 def tune(
-    ctx: Annotated[int, _number("--ctx", "Context length in tokens.")],
+    ctx: Annotated[int, number("--ctx", "Context length in tokens.")],
     gpu: Annotated[str | None, typer.Option("--gpu", help="GPU to tune for; default: the one at hand.")] = None,
-    group_size: Annotated[int, _number("--group-size", "Tokens of one core token.")] = 16,
-    window_size: Annotated[int, _number("--window-size", "Recent tokens that are seen raw.")] = 1024,
-    heads: Annotated[int, _number("--heads", "Query heads.")] = 32,
-    kv_heads: Annotated[int, _number("--kv-heads", "Key/value heads.")] = 8,
-    head_dim: Annotated[int, _number("--head-dim", "Head dimension, 16 to 256.")] = 128,
-    batch: Annotated[int, _number("--batch", "Sequences of a batch.")] = 1,
-    dtype: Annotated[str, _choice("--dtype", "Element type of q, k and v.", *DTYPES)] = "bf16",
-    core_heads: Annotated[str, _choice("--core-heads", "Which heads have cores.", "query", "kv")] = "query",
-    pooling: Annotated[str, _choice("--pooling", "How groups are pooled.", "last_query", "mean")] = "last_query",
+    group_size: Annotated[int, number("--group-size", "Tokens of one core token.")] = 16,
+    window_size: Annotated[int, number("--window-size", "Recent tokens that are seen raw.")] = 1024,
+    heads: Annotated[int, number("--heads", "Query heads.")] = 32,
+    kv_heads: Annotated[int, number("--kv-heads", "Key/value heads.")] = 8,
+    head_dim: Annotated[int, number("--head-dim", "Head dimension, 16 to 256.")] = 128,
+    batch: Annotated[int, number("--batch", "Sequences of a batch.")] = 1,
+    dtype: Annotated[str, choice("--dtype", "Element type of q, k and v.", *DTYPES)] = "bf16",
+    core_heads: Annotated[str, choice("--core-heads", "Which heads have cores.", "query", "kv")] = "query",
+    pooling: Annotated[str, choice("--pooling", "How groups are pooled.", "last_query", "mean")] = "last_query",
     kernels: Annotated[str, typer.Option("--kernels", help="Kernels, with commas between.")] = "all",
-    candidates: Annotated[int, _number("--candidates", "Configs compiled for a kernel at most; 0: every one.")] = 24,
+    candidates: Annotated[int, number("--candidates", "Configs compiled for a kernel at most; 0: every one.")] = 24,
     output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
-    jobs: Annotated[int | None, _number("--jobs", "Worker processes; default: one for each core.")] = None,
+    jobs: Annotated[int | None, number("--jobs", "Worker processes; default: one for each core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")] = False,
 ) -> int:
@@ -94,32 +71,14 @@ def tune(
     )  # fmt: skip
     device = _device(gpu)
     output = output or Path(f"{device.name}.yaml")
-    _check_output(output)
+    check_output("--output", output)
     request = _request(device, problem, kernels, cache_dir, _default_jobs() if jobs is None else jobs, candidates)
     return _run(request, output, as_json=as_json, quiet=quiet)
 
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-tune`; ends the process with its exit code."""
-    sys.exit(_guarded(arguments))
-
-
-def _guarded(arguments: Sequence[str] | None) -> int:
-    # typer keeps click's exceptions in different places from version to version
-    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
-    try:
-        return int(app(arguments, prog_name="cca-tune", standalone_mode=False) or OK)
-    except usage_error as error:
-        return _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
-    except Refused as error:
-        return _fail(str(error), error.code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted before anything was begun", INTERRUPTED)
-
-
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"cca-tune: {message}", err=True)
-    return code
+    sys.exit(run_app(app, "cca-tune", arguments))
 
 
 def _problem(**sizes: Any) -> Problem:
@@ -139,19 +98,10 @@ def _device(name: str | None) -> Device:
     try:
         device = device_at_hand() if name is None else find_device(name)
     except LookupError as error:
-        raise Refused(str(error.args[0]), NO_DEVICE if name is None else USAGE) from error
+        raise Refused(str(error.args[0]), NO_DEVICE if name is None else None) from error
     if device is None:
         raise Refused(f"there is no GPU here; name the one to tune for: --gpu {known}", NO_DEVICE)
     return device
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise Refused(f"--output {output} is a directory")
-    if not output.parent.is_dir():
-        raise Refused(f"--output {output}: there is no directory {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise Refused(f"--output {output}: the directory {output.parent} cannot be written")
 
 
 def _default_jobs() -> int:

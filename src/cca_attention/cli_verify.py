@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .terminal import OK, Refused, check_output, fail, file, new_app, run_app
+
 if TYPE_CHECKING:
     from .verify.record import Record
     from .verify.units import Unit
 
-OK, USAGE, BROKEN, INTERRUPTED = 0, 5, 4, 130
+NAME = "cca-verify"
+BROKEN, USAGE = 4, 5
 STDOUT = Path("-")
 MOST_FINDINGS = 10
 LAYERS = ("L0", "L1", "L2", "L3", "L4", "L5", "L6")
@@ -26,29 +29,17 @@ time-out or crash; 4 the baseline or the environment is broken; 5 configuration:
 without leave, a mutant that no longer applies, or nothing ran; 130 interrupted, the record is incomplete."""
 
 
-class Refused(Exception):
-    """A request that cannot be carried out: one line for the user and the exit code."""
-
-    def __init__(self, message: str, code: int = USAGE) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def _file(option: str, description: str) -> Any:
-    return typer.Option(option, metavar="FILE", help=description)
+app = new_app()
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
 def verify(
     context: typer.Context,
     layer: Annotated[list[str] | None, typer.Option("--layer", metavar="L0..L6", help="Only this; repeatable.")] = None,
-    profile: Annotated[Path | None, _file("--profile", "Check each config of a profile; alone, nothing else.")] = None,
+    profile: Annotated[Path | None, file("--profile", "Check each config of a profile; alone, nothing else.")] = None,
     gpu: Annotated[str, typer.Option("--gpu", metavar="auto|none", help="Whether to use the GPU at hand.")] = "auto",
-    json_path: Annotated[Path | None, _file("--json", "Where to write the record; -: stdout.")] = None,
-    junit: Annotated[Path | None, _file("--junit", "Where to write JUnit XML.")] = None,
+    json_path: Annotated[Path | None, file("--json", "Where to write the record; -: stdout.")] = None,
+    junit: Annotated[Path | None, file("--junit", "Where to write JUnit XML.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Statistical suspicions fail.")] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random examples.")] = 0,
     examples: Annotated[int | None, typer.Option("--examples", metavar="N", help="Random examples a property.")] = None,
@@ -65,8 +56,8 @@ def verify(
     if context.invoked_subcommand is not None:
         return OK
     _check_numbers(jobs=jobs, examples=examples, budget_scale=budget_scale, gpu=gpu)
-    for option, path in (("--json", json_path), ("--junit", junit)):
-        _check_output(option, path)
+    check_output("--json", None if json_path == STDOUT else json_path)
+    check_output("--junit", junit)
     layers = _layers(layer, profile)
     units = _units(layers, profile, strict=strict, seed=seed, examples=examples)
     if listed:
@@ -82,7 +73,7 @@ def verify(
 @app.command("mutants")
 def plant(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Names or ids; default: all.")] = None,
-    json_path: Annotated[Path | None, _file("--json", "Where to write the record.")] = None,
+    json_path: Annotated[Path | None, file("--json", "Where to write the record.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="Worker processes at a time.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Print the planted mistakes, and judge none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and the verdict.")] = False,
@@ -92,7 +83,7 @@ def plant(
     from .verify.mutants import MUTANTS, selected
 
     _check_numbers(jobs=jobs)
-    _check_output("--json", json_path)
+    check_output("--json", None if json_path == STDOUT else json_path)
     try:
         wanted = set(selected(names or None))
     except ValueError as error:
@@ -109,13 +100,13 @@ def plant(
 @app.command("report")
 def report(
     record: Annotated[Path, typer.Argument(metavar="R.json", help="A record of cca-verify.")],
-    output: Annotated[Path, _file("--output", "The page to write.")],
+    output: Annotated[Path, file("--output", "The page to write.")],
 ) -> int:
     """Render a record as one HTML page that needs nothing else."""
     from .verify.record import RecordError, read, write
     from .verify.report import as_html
 
-    _check_output("--output", output)
+    check_output("--output", output)
     try:
         page = as_html(read(record))
     except RecordError as error:
@@ -154,25 +145,7 @@ def sanitize() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-verify`; ends the process with its exit code."""
-    sys.exit(_guarded(arguments))
-
-
-def _guarded(arguments: Sequence[str] | None) -> int:
-    # typer keeps click's exceptions in different places from version to version
-    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
-    try:
-        return int(app(arguments, prog_name="cca-verify", standalone_mode=False) or OK)
-    except usage_error as error:
-        return _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
-    except Refused as error:
-        return _fail(str(error), error.code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted before anything was begun", INTERRUPTED)
-
-
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"cca-verify: {message}", err=True)
-    return code
+    sys.exit(run_app(app, NAME, arguments, USAGE))
 
 
 def _check_numbers(
@@ -185,15 +158,6 @@ def _check_numbers(
             raise Refused(f"{option} must be at least 1, got {number}")
     if not 0 < budget_scale < float("inf"):
         raise Refused(f"--budget-scale must be a number above 0, got {budget_scale}")
-
-
-def _check_output(option: str, path: Path | None) -> None:
-    if path is None or (option == "--json" and path == STDOUT):
-        return
-    if path.is_dir():
-        raise Refused(f"{option} {path} is a directory")
-    if not path.parent.is_dir():
-        raise Refused(f"{option} {path}: there is no directory {path.parent}")
 
 
 def _layers(chosen: list[str] | None, profile: Path | None) -> tuple[str, ...]:
@@ -262,7 +226,8 @@ def _conclude(record: Record, json_path: Path | None, junit: Path | None) -> int
     code = record.footer.exit_code
     rederived = exit_code(complaints(json.loads(text), record.header.expected))
     if record.complete and rederived != code:
-        return _fail(f"the verdict {code} is {rederived} when derived from the record: one of the two is wrong", BROKEN)
+        doubt = f"the verdict {code} is {rederived} when derived from the record: one of the two is wrong"
+        return fail(NAME, doubt, BROKEN)
     return code
 
 
