@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ..kernels.tunable import Schedule
@@ -129,6 +132,9 @@ def sanitizer(unit: Unit) -> Result:
     tool = unit.arguments["tool"]
     if shutil.which(TOOL) is None:
         return unit.blank(status="not-run", message=NO_TOOL, facts={"missing": TOOL})
+    with FileLock(Path(tempfile.gettempdir()) / "cca-verify-sanitizer.lock"):
+        # compiling takes minutes under a tool, and is done once for all of them without one; what fails fails again below
+        subprocess.run([sys.executable, "-c", TARGET], capture_output=True, check=False, timeout=COMPILE_S)
     child = subprocess.run(sanitizer_command(tool), capture_output=True, text=True, timeout=unit.limit_s - 10)
     said = child.stdout + child.stderr
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", said)
@@ -151,6 +157,7 @@ def _complaints(said: str) -> tuple[str, ...]:
 
 
 DONE = "sanitize-target: done"
+COMPILE_S = 300.0
 
 
 def sanitizer_command(tool: str) -> list[str]:
@@ -162,7 +169,8 @@ def sanitizer_command(tool: str) -> list[str]:
 
 
 def sanitize_target() -> int:
-    """Forward, backward and decode on tiny shapes in every dtype; how many launches of ours that were."""
+    """Forward, backward and decode on tiny shapes in every dtype, and the kernels that only large calls choose; how
+    many groups of launches that were."""
     count = 0
     for case in target_cases():
         inputs = make_inputs(case)
@@ -170,6 +178,14 @@ def sanitize_target() -> int:
         feed(make_cache(case), inputs, 0, [case.problem.seq_len - 5, 1, 1, 3])
         torch.cuda.synchronize()
         count += 2
+    problem = Problem(
+        batch=1, q_heads=4, kv_heads=2, seq_len=300, head_dim=64, group_size=4, window_size=40, dtype="bfloat16"
+    )
+    for tunable in tunables(arch_at_hand()).values():
+        if tunable.archs:
+            tunable.launch(problem, tunable.allocate(problem, DEVICE), tunable.default(problem, arch_at_hand()))
+            torch.cuda.synchronize()
+            count += 1
     return count
 
 
