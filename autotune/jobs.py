@@ -6,15 +6,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from ..kernels.tunable import Config
 from ..problem import Problem
-from ..verify.gate import Evidence, check_config
+from ..verify.gate import TIMEOUT_S, Evidence, check_again, check_config
 from .compile import compile_config, sketch
-from .measure import time_interleaved
+from .measure import ROUNDS, Timing
 
 Record = dict[str, Any]
 Verify = Callable[[str, str, Config, Problem], Evidence]
 """Module and name of a tunable, a config and the problem. Called in a worker process, so it must pickle."""
+Sample = Callable[[str, str, Config, Problem], list[float]]
+"""The same, but it gives the microseconds of some launches."""
+GPU_TIMEOUT_S = 120.0
+"""What a GPU has not done by then, compiling included, hangs."""
 
 
 def no_setup() -> None:
@@ -32,11 +38,17 @@ def compile_job(module: str, name: str, problem: Problem, configs: tuple[Config,
     return [{"resources": [asdict(kernel) for kernel in kernels]} for kernels in compiled]
 
 
-def measure_job(module: str, name: str, problem: Problem, configs: tuple[Config, ...], default: Config) -> list[Record]:
+def measure_job(
+    module: str, name: str, problem: Problem, configs: tuple[Config, ...], default: Config, sample: Sample
+) -> list[Record]:
     """The `Timing` of each config and of the default, taken in turns."""
     records = []
     for config in configs:
-        baseline, timing = time_interleaved(module, name, problem, (default, config))
+        samples: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            for own, launched in zip(samples, (default, config), strict=True):
+                own.extend(sample(module, name, launched, problem))
+        baseline, timing = map(Timing.of, samples)
         records.append({"timing": asdict(timing), "baseline": asdict(baseline)})
     return records
 
@@ -54,4 +66,13 @@ def verify_job(
 
 def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
     """Run the config on small shapes against the oracle."""
-    return check_config(name, config, problem=problem)
+    return check_config(name, config, problem=problem, timeout_s=_patience_s())
+
+
+def recheck_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
+    """Run a config that was timed once more, with other contents in used memory and in new memory."""
+    return check_again(name, config, problem=problem, timeout_s=_patience_s())
+
+
+def _patience_s() -> float:
+    return GPU_TIMEOUT_S if torch.cuda.is_available() else TIMEOUT_S

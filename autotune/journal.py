@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-Phase = Literal["sketch", "compile", "measure", "verify"]
+Phase = Literal["sketch", "compile", "verify", "measure", "recheck"]
 VERSION = 1
 
 

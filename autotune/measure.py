@@ -15,6 +15,7 @@ from ..problem import Problem
 from .compile import find_tunable
 
 ROUNDS = 3
+"""How often a config and the built-in one are timed in turns, so that a drifting clock meets both alike."""
 WARM_UP_MS, REPEAT_MS = 10, 30
 SEED = 20241219
 PLAUSIBLE = 0.75
@@ -47,21 +48,14 @@ class Timing:
         return None
 
 
-def time_interleaved(module: str, name: str, problem: Problem, configs: tuple[Config, ...]) -> tuple[Timing, ...]:
-    """Time the configs in turns, `ROUNDS` times over, so that a drifting clock meets them all alike."""
+def sample(module: str, name: str, config: Config, problem: Problem) -> list[float]:
+    """Microseconds of some launches, each with a cold L2 cache."""
     tunable = find_tunable(module, name)
     tensors = _inputs(tunable, problem)
-    samples: list[list[float]] = [[] for _ in configs]
-    for _ in range(ROUNDS):
-        for own, config in zip(samples, configs, strict=True):
-            times_ms = do_bench(
-                lambda config=config: tunable.launch(problem, tensors, config),
-                warmup=WARM_UP_MS,
-                rep=REPEAT_MS,
-                return_mode="all",
-            )
-            own.extend(1e3 * time_ms for time_ms in times_ms)
-    return tuple(map(Timing.of, samples))
+    times_ms = do_bench(
+        lambda: tunable.launch(problem, tensors, config), warmup=WARM_UP_MS, rep=REPEAT_MS, return_mode="all"
+    )
+    return [1e3 * time_ms for time_ms in times_ms]
 
 
 def _inputs(tunable: Tunable, problem: Problem) -> dict[str, Tensor]:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
+from ..verify.gate import TIMEOUT_S
 from .compile import Sketch
 from .devices import Device
-from .jobs import Verify, verify_by_gate
+from .jobs import Sample, Verify, recheck_by_gate, verify_by_gate
+from .journal import Phase
+from .measure import sample
+from .outcome import Quarantined
 from .search import Trial
+
+LIMIT_S: dict[Phase, float] = {
+    "sketch": 60.0, "compile": 60.0, "verify": TIMEOUT_S + 60.0, "measure": 120.0, "recheck": TIMEOUT_S + 60.0
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to tune. `at_hand`: the GPU is in this machine, so configs are timed, not predicted.
 
-    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all.
+    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all. `verify`, `sample`
+    and `recheck` are called in worker processes in this order where the GPU is at hand, elsewhere `verify` alone;
+    `limit_s` is the time that a job of each phase has.
     """
 
     device: Device
@@ -30,6 +41,9 @@ class Request:
     jobs: int
     most_compiled: int
     verify: Verify = verify_by_gate
+    sample: Sample = sample
+    recheck: Verify = recheck_by_gate
+    limit_s: Mapping[Phase, float] = field(default_factory=lambda: LIMIT_S)
 
 
 @dataclass
@@ -37,8 +51,9 @@ class Progress:
     """One kernel: the stage it is at, what became of its configs, and what was chosen.
 
     Of `legal` configs (`refused` more broke their own rules), `same` launch what another does, `ruled_out` cannot fit,
-    `outranked` were expected to be slower than those compiled, `failed` did not compile, time or verify, `dropped` do
-    not fit once compiled. `trouble` says why nothing was chosen.
+    `outranked` were expected to be slower than those compiled, `failed` did not compile or gave no believable time,
+    `dropped` do not fit once compiled, `quarantined` did harm or were wrong when they ran, whatever the next run is.
+    `checked` has the evidence for a config before it was timed. `trouble` says why nothing was chosen.
     """
 
     tunable: Tunable
@@ -56,7 +71,8 @@ class Progress:
     timed: int = 0
     sketches: dict[Config, Sketch] = field(default_factory=dict)
     trials: dict[Config, Trial] = field(default_factory=dict)
-    quarantined: dict[Config, str] = field(default_factory=dict)
+    checked: dict[Config, dict[str, Any]] = field(default_factory=dict)
+    quarantined: dict[Config, Quarantined] = field(default_factory=dict)
     chosen: Trial | None = None
     evidence: dict[str, Any] | None = None
     trouble: str | None = None

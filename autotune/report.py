@@ -122,7 +122,7 @@ def _details(kernel: Progress) -> str:
             f" {kernel.to_compile} configs ({kernel.cached} cached); cannot fit: {out}; "
             f"same as another: {kernel.same}; expected slower: {kernel.outranked}"
         )
-    if kernel.stage in ("timing", "verifying"):
+    if kernel.stage in ("checking", "timing", "verifying"):
         return f"; compiled {kernel.compiled}, dropped: {_counted(_lost(kernel)) or 'none'}"
     if kernel.stage == "done" and kernel.chosen is not None:
         return f": {config_text(kernel.chosen.config)}, {time_text(kernel.chosen.time_us)}"
@@ -134,6 +134,9 @@ def stage_of(kernels: Sequence[Progress]) -> str:
     stages = Counter(kernel.stage for kernel in kernels)
     if stages["compiling"]:
         return f"compiling {sum(k.compiled for k in kernels)} of {sum(k.to_compile for k in kernels)} configs"
+    if stages["checking"]:
+        settled = sum(len(k.checked) + len(k.quarantined) for k in kernels)
+        return f"verifying {sum(k.compiled for k in kernels)} configs before they are timed, {settled} done"
     if stages["timing"]:
         return f"timing {sum(k.timed for k in kernels)} configs"
     if stages["verifying"]:
@@ -167,7 +170,7 @@ def space_table(kernels: Sequence[Progress], width: int) -> Table:
 
 
 def _lost(kernel: Progress) -> Counter[str]:
-    return kernel.dropped + kernel.failed + Counter({"wrong result": len(kernel.quarantined)})
+    return kernel.dropped + kernel.failed + Counter(reason.outcome for reason in kernel.quarantined.values())
 
 
 def _reasons(kernel: Progress) -> str:

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .. import __version__
+from ..kernels.tunable import Config
 from ..profiles.configs import source_hash
 from ..profiles.schema import (
     Baseline,
@@ -84,21 +85,36 @@ def summary_of(request: Request, kernels: Sequence[Progress], output: str | None
         "evidence": "measured" if request.at_hand else "modelled",
         "problem": request.problem.as_dict(),
         "profile": output,
-        "kernels": {kernel.name: _kernel_summary(kernel) for kernel in kernels},
+        "kernels": {kernel.name: _kernel_summary(request, kernel) for kernel in kernels},
     }
 
 
-def _kernel_summary(kernel: Progress) -> dict[str, Any]:
+def _kernel_summary(request: Request, kernel: Progress) -> dict[str, Any]:
     counts = ("refused", "legal", "same", "outranked", "to_compile", "compiled", "cached", "timed")
     chosen = kernel.chosen
     return {
         **{name: getattr(kernel, name) for name in counts},
         **{name: dict(getattr(kernel, name)) for name in ("ruled_out", "dropped", "failed")},
-        "quarantined": [{"config": asdict(config), "reason": why} for config, why in kernel.quarantined.items()],
+        "quarantined": [_quarantined(request, kernel, config) for config in kernel.quarantined],
         "chosen": None if chosen is None else asdict(chosen.config),
         "time_us": None if chosen is None else chosen.time_us,
         "default": asdict(kernel.default),
         "default_time_us": baseline_us(kernel),
         "verification": kernel.evidence,
         "trouble": kernel.trouble,
+    }
+
+
+def _quarantined(request: Request, kernel: Progress, config: Config) -> dict[str, Any]:
+    """One config that did harm or was wrong, with what a report of a compiler's mistake needs."""
+    problem = request.problem
+    return {
+        "config": asdict(config),
+        **asdict(kernel.quarantined[config]),
+        "arch": request.device.arch,
+        "triton": triton.__version__,
+        "dtype": problem.dtype,
+        "head_dim": problem.head_dim,
+        "group_size": problem.group_size,
+        "kernel_hash": source_hash(kernel.name),
     }

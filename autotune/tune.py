@@ -1,4 +1,4 @@
-"""One run of the tuner: problem -> space -> compile -> measure or predict -> verify.
+"""One run of the tuner: problem -> space -> compile -> predict -> verify, or -> verify -> measure -> verify again.
 
 Every stage does the same: what the journal knows is taken from there, the rest is done by worker processes and
 recorded as it ends, so that an interrupted run goes on where it was.
@@ -6,33 +6,29 @@ recorded as it ends, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
-import torch
-import triton
-
 from ..kernels.tunable import Config
-from ..profiles.configs import source_hash
-from ..verify.gate import SUITE, TIMEOUT_S
 from . import jobs, space
 from .binary import Resources
 from .compile import Sketch, aim
-from .journal import Journal, Key, Phase
+from .journal import Journal, Phase
+from .keys import Keys, card_here
 from .measure import Timing
+from .outcome import against, outcome_of
 from .pool import Done, Job, Pool
 from .predict import predict, roofline_us
 from .progress import Progress, Request
 from .search import Trial, ranked
 
-LIMIT_S: dict[Phase, float] = {"sketch": 60.0, "compile": 60.0, "measure": 120.0, "verify": TIMEOUT_S + 60.0}
-REVISION = 3
-"""Part of the key of what is read from the compiler: to be raised when the meaning of a figure changes."""
 MOST_REJECTED = 4
 """Wrong results in a row after which the kernel itself is suspected, and no further config is tried."""
+MOST_CHECKERS = 6
+"""Processes that verify on one GPU at a time; each has a context there, and its own child another."""
 
 Group = tuple[Progress, tuple[Config, ...]]
 Absorb = Callable[[Progress, Config, dict[str, Any]], None]
@@ -48,7 +44,7 @@ class Tuner:
         self._journal = journal
         self._kernels = kernels
         self._watch = watch
-        self._gpu_here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        self._keys = Keys(request.device, request.problem, card_here())
 
     def run(self) -> None:
         """Take every kernel from its space to a verified choice, or to the trouble that prevents one.
@@ -60,23 +56,12 @@ class Tuner:
         with Pool(request.jobs, aim, request.device.arch) as compilers:
             self._sketch(compilers)
             self._compile(compilers)
-        if request.at_hand:
-            with Pool(1, jobs.no_setup, renew=True) as timer:
-                self._measure(timer)
-        with Pool(1 if self._gpu_here else request.jobs, jobs.no_setup, renew=True) as verifiers:
-            self._verify(verifiers)
-
-    def _key(self, phase: Phase, kernel: Progress, config: Config) -> Key:
-        request = self._request
-        where = {
-            "sketch": f"{request.device.arch}, revision {REVISION}",
-            "compile": f"{request.device.arch}, revision {REVISION}",
-            "measure": request.device.name,
-            "verify": f"{self._gpu_here or 'interpreter'}, suite {SUITE}",
-        }[phase]
-        fields = ",".join(f"{name}={value}" for name, value in asdict(config).items())
-        source = source_hash(kernel.name)
-        return Key(phase, kernel.name, source, str(request.problem), fields, where, triton.__version__)
+        with Pool(min(request.jobs, MOST_CHECKERS), jobs.no_setup, renew=True) as checkers:
+            if request.at_hand:
+                self._check(checkers)
+                with Pool(1, jobs.no_setup, renew=True) as timer:
+                    self._measure(timer)
+            self._verify(checkers)
 
     def _settle(
         self, pool: Pool, phase: Phase, groups: Sequence[Group], job: Callable[..., Any], absorb: Absorb
@@ -90,22 +75,22 @@ class Tuner:
                 waiting.append(Job((kernel, unknown), job, (module, kernel.name, self._request.problem, unknown)))
         for kernel in self._kernels:
             self._watch(kernel)
-        for done, outcome in pool.run(waiting, LIMIT_S[phase]):
+        for done, outcome in pool.run(waiting, self._request.limit_s[phase]):
             kernel, configs = done.tag
             if isinstance(outcome, Done):
                 records = outcome.value
             else:
-                records = [{"failed": outcome.kind, "message": outcome.message}] * len(configs)
-            # a check that raised says nothing of the config: it is not remembered
-            if phase != "verify" or isinstance(outcome, Done):
-                keys = (self._key(phase, kernel, config) for config in configs)
+                records = [{"failed": outcome_of(outcome, phase), "message": outcome.message}] * len(configs)
+            # a check that broke down says nothing of the config: it is not remembered
+            if phase not in ("verify", "recheck") or isinstance(outcome, Done):
+                keys = (self._keys.of(phase, kernel.tunable, config) for config in configs)
                 self._journal.add(zip(keys, records, strict=True))
             for config, record in zip(configs, records, strict=True):
                 absorb(kernel, config, record)
             self._watch(kernel)
 
     def _recall(self, phase: Phase, kernel: Progress, config: Config, absorb: Absorb) -> bool:
-        record = self._journal.get(self._key(phase, kernel, config))
+        record = self._journal.get(self._keys.of(phase, kernel.tunable, config))
         if record is None:
             return False
         kernel.cached += phase == "compile"
@@ -172,54 +157,84 @@ class Tuner:
         prediction = predict(request.device, request.problem, config, work, launches)
         kernel.trials[config] = Trial(config, resources, prediction)
 
+    def _check(self, pool: Pool) -> None:
+        """Verify whatever compiled and fits: nothing is timed before it gave right results."""
+        for kernel in self._kernels:
+            kernel.stage = "checking"
+        groups = [group for kernel in self._kernels for group in _standing(kernel)]
+        job = partial(jobs.verify_job, verify=self._request.verify)
+        self._settle(pool, "verify", groups, job, self._absorb_check)
+
+    def _absorb_check(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
+        if record.get("ok"):
+            kernel.checked[config] = record
+        else:
+            _put_out(kernel, config, record, "verify")
+
     def _measure(self, pool: Pool) -> None:
         for kernel in self._kernels:
             kernel.stage = "timing"
-            standing = [(kernel, (trial.config,)) for trial in kernel.trials.values() if trial.refusal is None]
-            job = partial(jobs.measure_job, default=kernel.default)
-            self._settle(pool, "measure", standing, job, self._absorb_timing)
+            job = partial(jobs.measure_job, default=kernel.default, sample=self._request.sample)
+            self._settle(pool, "measure", _standing(kernel), job, self._absorb_timing)
 
     def _absorb_timing(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
         request, kernel.timed = self._request, kernel.timed + 1
         if "failed" in record:
-            kernel.failed[record["failed"]] += 1
-            changes: dict[str, Any] = {"refusal": f"{record['failed']}: {record['message']}"}
-        else:
-            timing, baseline = Timing(**record["timing"]), Timing(**record["baseline"])
-            work = kernel.tunable.work(request.problem, config)
-            refusal = timing.refusal(roofline_us(request.device, request.problem, work))
-            kernel.failed["implausible timing"] += refusal is not None
-            changes = {"timing": timing, "baseline": baseline, "refusal": refusal}
-        kernel.trials[config] = replace(kernel.trials[config], **changes)
+            _put_out(kernel, config, record, "measure")
+            return
+        timing, baseline = Timing(**record["timing"]), Timing(**record["baseline"])
+        work = kernel.tunable.work(request.problem, config)
+        refusal = timing.refusal(roofline_us(request.device, request.problem, work))
+        kernel.failed["implausible timing"] += refusal is not None
+        kernel.trials[config] = replace(kernel.trials[config], timing=timing, baseline=baseline, refusal=refusal)
 
     def _verify(self, pool: Pool) -> None:
-        """Check the best config of each kernel, then the next of those whose check it failed."""
-        candidates = {}
+        """Check the best config of each kernel, then the next of those whose check it failed.
+
+        One that was timed was checked before: it is checked again, for what repeated use may have brought out.
+        """
+        candidates, rejected = {}, {kernel.name: len(kernel.quarantined) for kernel in self._kernels}
         for kernel in self._kernels:
             kernel.stage = "verifying"
             candidates[kernel.name] = iter(ranked(list(kernel.trials.values()), kernel.default))
-        job = partial(jobs.verify_job, verify=self._request.verify)
+        request = self._request
+        phase: Phase = "recheck" if request.at_hand else "verify"
+        job = partial(jobs.verify_job, verify=request.recheck if request.at_hand else request.verify)
         while unsettled := [kernel for kernel in self._kernels if kernel.stage == "verifying"]:
             groups = []
             for kernel in unsettled:
                 trial = next(candidates[kernel.name], None)
-                if trial is None or len(kernel.quarantined) >= MOST_REJECTED:
+                if trial is None or len(kernel.quarantined) - rejected[kernel.name] >= MOST_REJECTED:
                     kernel.stage, kernel.trouble = "failed", _trouble(kernel)
                 else:
                     groups.append((kernel, (trial.config,)))
-            self._settle(pool, "verify", groups, job, self._absorb_evidence)
+            self._settle(pool, phase, groups, job, self._absorb_evidence)
 
     def _absorb_evidence(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
         if "failed" in record or not record["ok"]:
-            kernel.quarantined[config] = record["message"]
+            _put_out(kernel, config, record, "recheck" if config in kernel.checked else "verify")
         else:
             kernel.chosen, kernel.evidence, kernel.stage = kernel.trials[config], record, "done"
+            if first := kernel.checked.get(config):
+                worst = max(first["worst_budget_use"], record["worst_budget_use"])
+                kernel.evidence = {**first, "cases": first["cases"] + record["cases"], "worst_budget_use": worst}
+
+
+def _standing(kernel: Progress) -> list[Group]:
+    """The configs that are not out, each a group of its own."""
+    return [(kernel, (trial.config,)) for trial in kernel.trials.values() if trial.refusal is None]
+
+
+def _put_out(kernel: Progress, config: Config, record: Mapping[str, Any], phase: Phase) -> None:
+    """Quarantine a config for what a record says against it."""
+    kernel.quarantined[config] = reason = against(record, phase)
+    kernel.trials[config] = replace(kernel.trials[config], refusal=f"{reason.outcome}: {reason.message}")
 
 
 def _trouble(kernel: Progress) -> str:
     if kernel.quarantined:
-        reasons = "; ".join(sorted(set(kernel.quarantined.values())))
-        return f"the {len(kernel.quarantined)} best configs failed verification: {reasons}"
+        reasons = "; ".join(sorted({f"{reason.outcome}: {reason.message}" for reason in kernel.quarantined.values()}))
+        return f"the {len(kernel.quarantined)} best configs are in quarantine: {reasons}"
     return f"no config runs: {', '.join(f'{n} {kind}' for kind, n in (kernel.failed + kernel.dropped).items())}"
 
 

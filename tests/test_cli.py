@@ -43,7 +43,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import toy_tunable
 
     yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"]
+    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -29,7 +29,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import toy_tunable
 
     yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"]
+    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 @pytest.fixture

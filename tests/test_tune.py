@@ -21,7 +21,9 @@ from rich.console import Console
 from cca_attention.autotune.compile import target_of
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.journal import Journal
-from cca_attention.autotune.measure import time_interleaved
+from cca_attention.autotune.keys import Keys
+from cca_attention.autotune.measure import Timing, sample
+from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.progress import Progress, Request, plan
 from cca_attention.autotune.report import choice_table, display_for, space_table
 from cca_attention.autotune.result import profile_of, summary_of
@@ -41,7 +43,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import toy_tunable
 
     yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"]
+    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_every_config_is_accounted_for_and_a_second_run_repeats_nothing(toy: Any
     first = run(request)
     assert (first.legal, first.refused) == (12, 6)
     # the static assertion fails while the IR is made: 3 tiles of 1024 keys, at two numbers of warps
-    assert first.failed == {"error": 6}
+    assert first.failed == {"compile error": 6}
     assert first.ruled_out == {"registers": 2}
     assert first.to_compile == first.compiled == 4
     assert first.stage == "done" and first.chosen is not None and first.chosen.refusal is None
@@ -130,26 +132,65 @@ def test_only_the_most_promising_are_compiled(toy: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_config_is_quarantined_and_the_next_is_chosen(toy: Any, cache: Path) -> None:
-    wanted = request_for(toy, cache, problem=replace(PROBLEM, seq_len=4096, batch=2), verify=toy.reject_wide)
+    wanted = request_for(toy, cache, problem=replace(PROBLEM, q_heads=2), verify=toy.reject_wide)
     found = run(wanted)
     assert found.chosen is not None and found.chosen.config.num_warps == 4
     assert found.quarantined and {config.num_warps for config in found.quarantined} == {8}
-    assert set(found.quarantined.values()) == {"out is off by 2 budgets"}
+    assert set(found.quarantined.values()) == {Quarantined("wrong", "out is off by 2 budgets", "verify")}
     checked = len(records(cache, "verify"))
     again = run(wanted)
     assert (again.chosen, again.quarantined) == (found.chosen, found.quarantined)
     assert len(records(cache, "verify")) == checked
 
 
+def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tmp_path: Path) -> None:
+    request = request_for(
+        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, verify=toy.check, sample=toy.time_it,
+        recheck=toy.check_after, limit_s={**Request.__dataclass_fields__["limit_s"].default_factory(), "measure": 5.0},
+    )  # fmt: skip
+    found = run(request)
+    outcomes = {toy.fate_of(config): (reason.outcome, reason.phase) for config, reason in found.quarantined.items()}
+    assert outcomes == {
+        "wrong": ("wrong", "verify"),
+        "raises": ("illegal access", "verify"),
+        "oom": ("oom", "measure"),
+        "illegal access": ("illegal access", "measure"),
+        "crash": ("crash", "measure"),
+        "hang": ("hang", "measure"),
+        "wrong after 60 us": ("wrong", "recheck"),
+    }
+    assert +found.failed == {"implausible timing": 1}
+    assert found.chosen is not None and toy.fate_of(found.chosen.config) == "70 us"
+    assert found.evidence is not None and found.evidence["cases"] == 6, "three before and three after it was timed"
+    (kernel,) = summary_of(request, [found], None)["kernels"].values()
+    assert {entry["outcome"] for entry in kernel["quarantined"]} == {outcome for outcome, _ in outcomes.values()}
+    assert all(entry["arch"] == "sm_80" and entry["head_dim"] == 64 for entry in kernel["quarantined"])
+    journal = (tmp_path / "journal.jsonl").read_bytes()
+    again = run(request)
+    assert (again.chosen, again.quarantined) == (found.chosen, found.quarantined)
+    assert (tmp_path / "journal.jsonl").read_bytes() == journal
+
+
+def test_what_the_gate_found_holds_for_every_length_and_for_no_other_kind_of_problem(toy: Any) -> None:
+    keys = Keys(find_device("a100"), PROBLEM, "a card")
+    config = toy.ToyConfig()
+    for changes, same in (({"seq_len": 8192}, True), ({"batch": 3}, True), ({"group_size": 8}, False)):
+        other = replace(keys, problem=replace(PROBLEM, **changes))
+        assert (other.of("verify", toy.TOY, config) == keys.of("verify", toy.TOY, config)) == same
+        assert other.of("measure", toy.TOY, config) != keys.of("measure", toy.TOY, config)
+    assert replace(keys, card=None).of("verify", toy.TOY, config) != keys.of("verify", toy.TOY, config)
+    assert keys.of("recheck", toy.TOY, config) != keys.of("verify", toy.TOY, config)
+
+
 def test_a_kernel_that_is_always_wrong_is_given_up(toy: Any, tmp_path: Path) -> None:
     found = run(request_for(toy, tmp_path, verify=toy.reject_all))
     assert (found.stage, found.chosen, len(found.quarantined)) == ("failed", None, MOST_REJECTED)
-    assert found.trouble == "the 4 best configs failed verification: out is off by 3 budgets"
+    assert found.trouble == "the 4 best configs are in quarantine: wrong: out is off by 3 budgets"
     assert all(record["value"]["ok"] is False for record in records(tmp_path, "verify"))
 
 
 def test_a_verification_that_breaks_down_is_no_evidence_and_is_not_remembered(toy: Any, cache: Path) -> None:
-    request = request_for(toy, cache, problem=replace(PROBLEM, batch=3), verify=toy.break_down)
+    request = request_for(toy, cache, problem=replace(PROBLEM, q_heads=3), verify=toy.break_down)
     found = run(request)
     assert found.chosen is None and found.trouble is not None and "OSError: the oracle is out" in found.trouble
     assert run(replace(request, verify=toy.accept)).stage == "done"
@@ -260,8 +301,8 @@ def test_the_gpu_at_hand_is_measured(toy: Any, tmp_path: Path) -> None:
     major, minor = torch.cuda.get_device_capability()
     device = replace(find_device("h200"), arch=f"sm_{major}{minor}")
     assert target_of(device.arch).arch == 10 * major + minor
-    baseline, timing = time_interleaved("toy_tunable", "toy", PROBLEM, (toy.ToyConfig(), toy.ToyConfig(block_q=64)))
+    timing = Timing.of(sample("toy_tunable", "toy", toy.ToyConfig(block_q=64), PROBLEM))
     assert 0 < timing.p20_us <= timing.median_us <= timing.p80_us
-    assert timing.samples > 10 < baseline.samples
-    found = run(request_for(toy, tmp_path, device=device, at_hand=True))
+    assert timing.samples > 10
+    found = run(request_for(toy, tmp_path, device=device, at_hand=True, recheck=toy.accept))
     assert found.chosen is not None and found.chosen.timing is not None and found.timed == 4

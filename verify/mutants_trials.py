@@ -196,7 +196,7 @@ def only_the_verified_win(case: Case) -> list[Comparison]:
         "crashed": {"failed": "crash", "message": ""},
     }.items():
         kernel = SimpleNamespace(
-            quarantined={}, trials={CANDIDATE: "it"}, chosen=None, evidence=None, stage="verifying"
+            quarantined={}, checked={}, trials={CANDIDATE: tune.Trial(CANDIDATE)}, chosen=None, stage="verifying"
         )
         tune.Tuner._absorb_evidence(SimpleNamespace(), kernel, CANDIDATE, record)
         results.append(

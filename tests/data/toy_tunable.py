@@ -5,7 +5,10 @@ Imported by name in the tests and in the tuner's worker processes, to which the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -87,9 +90,61 @@ TOY = Tunable(
 )
 
 
+HARMFUL = replace(
+    TOY,
+    name="harmful",
+    space={"block_q": (32, 64), "block_k": (32, 64), "num_warps": (2, 4, 8), "num_stages": (2,)},
+)
+FATES = {
+    (32, 32, 4): "100 us",
+    (32, 32, 2): "80 us",
+    (32, 32, 8): "wrong",
+    (64, 32, 2): "raises",
+    (64, 32, 4): "oom",
+    (64, 32, 8): "illegal access",
+    (32, 64, 2): "crash",
+    (32, 64, 4): "hang",
+    (32, 64, 8): "too fast",
+    (64, 64, 2): "wrong after 60 us",
+    (64, 64, 4): "70 us",
+    (64, 64, 8): "90 us",
+}
+"""What becomes of each config of HARMFUL, by rows, keys and warps."""
+
+
+def fate_of(config: ToyConfig) -> str:
+    """Its fate."""
+    return FATES[config.block_q, config.block_k, config.num_warps]
+
+
+def check(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
+    """Two configs are wrong from the start."""
+    raised = replace(evidence(False, "RuntimeError: CUDA error: misaligned address"), outcome="crash")
+    return {"wrong": evidence(False, "out is off by 2 budgets"), "raises": raised}.get(fate_of(config), evidence(True))
+
+
+def check_after(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
+    """One is wrong after it was timed."""
+    return evidence(not fate_of(config).startswith("wrong"), "out is off by 9 budgets")
+
+
+def time_it(module: str, name: str, config: ToyConfig, problem: Problem) -> list[float]:
+    """A time, or what a GPU and its driver do instead."""
+    fate = fate_of(config)
+    if fate == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if fate == "illegal access":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if fate == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if fate == "hang":
+        time.sleep(600)
+    return [1.0 if fate == "too fast" else float(fate.split()[-2])] * 5
+
+
 def evidence(ok: bool, message: str = "") -> Evidence:
     """What a verification might have found."""
-    return Evidence(ok, "toy/1", 7, 3, 0.25, "interpreter", message, "0" * 64)
+    return Evidence(ok, "toy/1", 7, 3, 0.25, "interpreter", message, "0" * 64, "passed" if ok else "wrong")
 
 
 def accept(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
