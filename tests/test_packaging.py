@@ -179,9 +179,11 @@ ARROWS: dict[str, set[str]] = {
     "verify": FRONT | {"__init__"},
     "autotune": FRONT | {"__init__", "verify"},
     "ci": FRONT | {"__init__", "verify", "autotune"},
+    "bench": FRONT | {"__init__", "verify", "autotune"},
     "terminal": set(),
+    "cli_bench": FRONT | {"bench", "terminal"},
     **dict.fromkeys(
-        ("cli", "cli_verify", "cli_bench", "cli_profile", "pytest_plugin"),
+        ("cli", "cli_verify", "cli_profile", "pytest_plugin"),
         FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},
     ),
 }
