@@ -9,9 +9,7 @@ from ..kernels.tunable import Config
 from .binary import Resources
 from .measure import Timing
 from .predict import Prediction
-
-MARGIN = 0.02
-"""A config replaces the built-in one only if it is faster by more than this share; less is noise."""
+from .race import MARGIN
 
 
 @dataclass(frozen=True, slots=True)
