@@ -20,7 +20,7 @@ from cca_attention.verify.cases import Case
 from cca_attention.verify.registry import checks
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-NAMES = ("forward_hopper", "backward_dcore_hopper", "backward_dkv_hopper")
+NAMES = ("forward_hopper", "backward_dcore_hopper", "backward_dkv_hopper", "backward_dq_hopper")
 BASE: dict[str, Any] = {
     "batch": 2, "q_heads": 4, "kv_heads": 2, "seq_len": 701, "head_dim": 128, "group_size": 4, "window_size": 70,
     "dtype": "bfloat16",
@@ -62,7 +62,7 @@ from cca_attention.profiles.configs import tunables
 
 aim("sm_90")
 problem = Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
-for name in ("forward_hopper", "backward_dcore_hopper", "backward_dkv_hopper"):
+for name in ("forward_hopper", "backward_dcore_hopper", "backward_dkv_hopper", "backward_dq_hopper"):
     kernel = tunables("sm_90")[name]
     (found,) = compile_config(kernel.config.__module__, name, problem, kernel.default(problem, "sm_90"))
     print(json.dumps([found.num_warps, found.shared_bytes, found.loop_spill_bytes]))
@@ -96,7 +96,7 @@ class TestOnTheCard:
         launched = spied(monkeypatch)
         comparisons = checks()[check](Case(problem=Problem(**{**BASE, **CASES[name]}), device="cuda"))
         assert comparisons and all(comparison.ok for comparison in comparisons), "\n".join(map(str, comparisons))
-        assert {"forward", "backward_dcore", "backward_dkv"} <= launched
+        assert {"forward", "backward_dcore", "backward_dkv", "backward_dq"} <= launched
 
     @pytest.mark.parametrize("layout", ["transposed", "slab", "different", "expanded"])
     def test_memory_that_tma_cannot_address_goes_elsewhere(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         return call
 
-    for name in ("forward", "backward_dcore", "backward_dkv"):
+    for name in ("forward", "backward_dcore", "backward_dkv", "backward_dq"):
         module = getattr(hopper, name)
         launcher = f"launch_{name}_hopper"
         monkeypatch.setattr(module, launcher, watched(name, getattr(module, launcher)))

@@ -187,8 +187,11 @@ ARROWS: dict[str, set[str]] = {
         FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},
     ),
 }
-SHARED_BY_KERNELS = {"primitives", "tunable", "layout", "hopper.limits", "hopper.pipeline", "hopper.keys"}
-STANDS_IN_FOR = {"forward": "forward", "backward_dkv": "backward_dkv", "backward_dcore": "backward_dkv"}
+SHARED_BY_KERNELS = {
+    *("primitives", "tunable", "layout"),
+    *(f"hopper.{module}" for module in ("limits", "pipeline", "keys", "queries")),
+}
+STANDS_IN_FOR = {name: name for name in ("forward", "backward_dq", "backward_dkv")} | {"backward_dcore": "backward_dkv"}
 """Kernels for one architecture: they share the work and the tensors of the portable kernel that they stand in for."""
 
 

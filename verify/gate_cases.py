@@ -31,6 +31,7 @@ DIRECTION_OF: dict[str, Direction] = {
     "forward_hopper": "forward",
     "backward_dcore_hopper": "backward",
     "backward_dkv_hopper": "backward",
+    "backward_dq_hopper": "backward",
 }
 STAND_INS = {
     "bfloat16": ("float32", "float16"),

@@ -9,9 +9,9 @@ from .limits import TESTED, usable
 __all__ = ["usable"]
 
 try:
-    from . import backward_dcore, backward_dkv, forward
+    from . import backward_dcore, backward_dkv, backward_dq, forward
 except ImportError:  # another release of Triton may have moved what these are made of; `usable` is false there anyway
     if TESTED:
         raise
 else:
-    __all__ += ["backward_dcore", "backward_dkv", "forward"]
+    __all__ += ["backward_dcore", "backward_dkv", "backward_dq", "forward"]

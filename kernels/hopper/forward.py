@@ -19,73 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ...spec import CCASpec
 from ..forward import allocate, work
-from ..primitives import LN_2, first_local, key_of_tile, key_tiles, scale_log2, visible_cores
-from ..tunable import Config, Tunable
-from .limits import ARCH, refusal
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, barriers, describe, multiprocessors, slot, turn_of
-
-BLOCK_Q = 128
-"""Queries of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
-
-
-@gluon.jit
-def locate(item, sizes, BLOCK_Q: gl.constexpr):
-    """(batch, head, first query) of a tile: neighbours share a head, and its longest rows come first."""
-    seq_len, heads, _, _, _ = sizes
-    tiles = gl.cdiv(seq_len, BLOCK_Q)
-    column = item // tiles
-    return column // heads, column % heads, (tiles - 1 - item % tiles) * BLOCK_Q
-
-
-@gluon.jit
-def key_at(number, tiles, BLOCK_K: gl.constexpr):
-    """(whether of cores, first key) of tile `number`: those at the edges first, then those every query sees whole."""
-    core_full, core_edge, _, left, _, right = tiles
-    edges = core_edge + left + right
-    edge_is_core, edge_key = key_of_tile(number, core_edge, tiles, BLOCK_K, True)
-    full_is_core, full_key = key_of_tile(number - edges, core_full, tiles, BLOCK_K, False)
-    is_edge = number < edges
-    return (is_edge & edge_is_core) | ((number >= edges) & full_is_core), gl.where(is_edge, edge_key, full_key)
-
-
-@gluon.jit
-def feed(
-    descriptors, tiles_smem, bars, sizes,
-    GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
-):  # fmt: skip
-    """The feeding warp: the queries of each tile, then its keys and values in the order of `key_at`."""
-    q_desc, k_desc, v_desc, k_core_desc, v_core_desc, _ = descriptors
-    q_smem, k_smem, v_smem = tiles_smem
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
-    seq_len, _, items, q_per_kv, q_per_core = sizes
-    HALF: gl.constexpr = BLOCK_Q // 2
-    count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, first_q = locate(item, sizes, BLOCK_Q)
-        tiles = key_tiles(first_q, gl.minimum(first_q + BLOCK_Q, seq_len), GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
-        core_full, core_edge, _, left, raw_full, right = tiles
-        for half in gl.static_range(2):
-            ready = q_ready.index(half)
-            mbarrier.wait(q_free.index(half), (turn_of(item) & 1) ^ 1)
-            mbarrier.expect(ready, HALF * HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(q_desc, [batch, head, first_q + half * HALF, 0], ready, q_smem.index(half))
-        for number in range(core_full + core_edge + left + raw_full + right):
-            stage, parity = slot(count, NUM_STAGES)
-            is_core, key = key_at(number, tiles, BLOCK_K)
-            core_row = [batch, head // q_per_core, key, 0]
-            row = [batch, head // q_per_kv, key, 0]
-            ready = k_ready.index(stage)
-            mbarrier.wait(k_free.index(stage), parity ^ 1)
-            mbarrier.expect(ready, BLOCK_K * HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(k_core_desc, core_row, ready, k_smem.index(stage), pred=is_core)
-            tma.async_copy_global_to_shared(k_desc, row, ready, k_smem.index(stage), pred=is_core == 0)
-            ready = v_ready.index(stage)
-            mbarrier.wait(v_free.index(stage), parity ^ 1)
-            mbarrier.expect(ready, BLOCK_K * HEAD_DIM * 2)
-            tma.async_copy_global_to_shared(v_core_desc, core_row, ready, v_smem.index(stage), pred=is_core)
-            tma.async_copy_global_to_shared(v_desc, row, ready, v_smem.index(stage), pred=is_core == 0)
-            count += 1
+from ..primitives import LN_2, scale_log2
+from ..tunable import Tunable
+from .limits import ARCH
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors, slot, turn_of
+from .queries import (
+    BLOCK_Q,
+    SPACE,
+    KeyTilesConfig,
+    allocate_keys,
+    allocate_rows,
+    feed,
+    key_at,
+    locate,
+    tiles_of,
+    visible,
+)
 
 
 @gluon.jit
@@ -96,11 +45,8 @@ def softmax_step(
 ):  # fmt: skip
     """(probabilities, row_max, row_sum, factor for all that was summed before), base 2, as `primitives.attend`."""
     if MASKED:
-        offs = key + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SCORES))
-        first_key = gl.where(is_core, 0, first_local(offs_q, GROUP_SIZE, WINDOW_SIZE))
-        end_key = gl.where(is_core, visible_cores(offs_q, GROUP_SIZE, WINDOW_SIZE), offs_q + 1)
-        visible = (offs[None, :] >= first_key[:, None]) & (offs[None, :] < end_key[:, None])
-        scores = gl.where(visible, scores, -float("inf"))
+        seen = visible(offs_q, is_core, key, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, SCORES)
+        scores = gl.where(seen, scores, -float("inf"))
     new_max = gl.maximum(row_max, gl.max(scores, axis=1) * SCALE_LOG2)
     pivot = new_max
     if MASKED:
@@ -113,12 +59,12 @@ def softmax_step(
 
 @gluon.jit
 def sweep(
-    q, tiles_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
+    q, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
     SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
     NUM_STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Tiles first .. end - 1; `probs` are those of the tile before, whose values are still to be added."""
-    _, k_smem, v_smem = tiles_smem
+    k_smem, v_smem = keys_smem
     _, _, k_ready, k_free, v_ready, v_free = bars
     HALF: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]
@@ -149,13 +95,12 @@ def sweep(
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, descriptors, tiles_smem, bars, sizes, lse_ptr,
-    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, out_desc, q_smem, keys_smem, bars, sizes, lse_ptr,
+    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four computing warps: one half (GROUP 0 or 1) of the queries of every tile."""
-    out_desc = descriptors[5]
-    q_smem, k_smem, v_smem = tiles_smem
+    k_smem, v_smem = keys_smem
     q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
     seq_len, heads, items, _, _ = sizes
     HALF: gl.constexpr = BLOCK_Q // 2
@@ -165,10 +110,8 @@ def compute(
     q = q_smem.index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, first_q = locate(item, sizes, BLOCK_Q)
-        tiles = key_tiles(first_q, gl.minimum(first_q + BLOCK_Q, seq_len), GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
-        core_full, core_edge, _, left, raw_full, right = tiles
-        edges = core_edge + left + right
+        batch, head, first_q = locate(item, sizes)
+        tiles, edges, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
         first_q += GROUP * HALF
         offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
         row_max = gl.full([HALF], -float("inf"), gl.float32, layout=ROWS)
@@ -191,9 +134,9 @@ def compute(
         probs = gl.convert_layout(wide.to(v_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         count += 1
         for full in gl.static_range(2):
-            first, end = (1, edges) if full == 0 else (edges, edges + core_full + raw_full)
+            first, end = (1, edges) if full == 0 else (edges, total)
             probs, acc, row_max, row_sum, count = sweep(
-                q, tiles_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
+                q, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
                 SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, OUT,
             )  # fmt: skip
         stage, parity = slot(count - 1, NUM_STAGES)
@@ -216,29 +159,21 @@ def compute(
 def forward_hopper_kernel(
     q_desc, k_desc, v_desc, k_core_desc, v_core_desc, out_desc, lse_ptr, sizes,
     SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr,
-    COMPUTE: gl.constexpr,
+    BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
 ):
     # fmt: on
     """Persistent: each program takes every `num_programs`-th tile of queries."""
-    dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_Q // 2, HEAD_DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [NUM_STAGES, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
-    descriptors = (q_desc, k_desc, v_desc, k_core_desc, v_core_desc, out_desc)
-    tiles_smem = (q_smem, k_smem, v_smem)
-    bars = (
-        barriers(2, 1), barriers(2, 1), barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2),
-        barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2),
-    )  # fmt: skip
+    q_smem = allocate_rows(q_desc, HEAD_DIM)
+    keys_smem, bars = allocate_keys(k_desc, BLOCK_K, HEAD_DIM, NUM_STAGES)
+    key_descs = (k_desc, v_desc, k_core_desc, v_core_desc)
     gl.warp_specialize(
         [
-            (compute, (0, descriptors, tiles_smem, bars, sizes, lse_ptr,
-                       SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, BLOCK_K, HEAD_DIM, NUM_STAGES)),
-            (compute, (1, descriptors, tiles_smem, bars, sizes, lse_ptr,
-                       SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, BLOCK_K, HEAD_DIM, NUM_STAGES)),
-            (feed, (descriptors, tiles_smem, bars, sizes,
-                    GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+            (compute, (0, out_desc, q_smem, keys_smem, bars, sizes, lse_ptr,
+                       SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+            (compute, (1, out_desc, q_smem, keys_smem, bars, sizes, lse_ptr,
+                       SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+            (feed, ((q_desc,), key_descs, (q_smem,), keys_smem, bars, sizes,
+                    GROUP_SIZE, WINDOW_SIZE, BLOCK_K, HEAD_DIM, NUM_STAGES)),
         ],
         [4, 1],
         [COMPUTE, FEEDER],
@@ -246,21 +181,8 @@ def forward_hopper_kernel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardHopperConfig(Config):
-    """Launch choices of `forward_hopper_kernel`: keys of a tile; `num_stages` tiles of keys and of values in flight."""
-
-    block_k: int = 128
-
-    def refusal(self, problem: Problem) -> str | None:
-        """Why this config cannot run `problem`, or None."""
-        if self.num_warps != 4:
-            return f"num_warps {self.num_warps} is not 4, the warps of a matrix instruction"
-        if self.block_k < 16:
-            return f"block_k {self.block_k} is below 16, the smallest side of a matrix product"
-        return Config.refusal(self, problem) or refusal(problem)
-
-
-SPACE = {"block_k": (64, 128), "num_warps": (4,), "num_stages": (2, 3, 4)}
+class ForwardHopperConfig(KeyTilesConfig):
+    """Launch choices of `forward_hopper_kernel`."""
 
 
 def default_config(problem: Problem, arch: str) -> ForwardHopperConfig:
@@ -286,16 +208,15 @@ def launch_forward_hopper(
     in the portable kernel, a NaN there reaches back further than its own tile of queries.
     """
     batch, q_heads, tokens, head_dim = q.shape
-    items = triton.cdiv(tokens, BLOCK_Q) * q_heads * batch
+    items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
     sizes = (tokens, q_heads, items, q_heads // k.shape[1], q_heads // k_core.shape[1])
     keys = [describe(x, config.block_k) for x in (k, v, k_core, v_core)]
     forward_hopper_kernel[(min(multiprocessors(q.device), items),)](
-        describe(q, BLOCK_Q // 2), *keys, describe(out, BLOCK_Q // 2), lse, sizes,
+        describe(q, BLOCK_Q.value // 2), *keys, describe(out, BLOCK_Q.value // 2), lse, sizes,
         SCALE_LOG2=scale_log2(spec, head_dim),
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,
         HEAD_DIM=head_dim,
-        BLOCK_Q=BLOCK_Q,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
         FEEDER=FEEDER_REGISTERS,

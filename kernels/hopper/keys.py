@@ -8,10 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from ...problem import Problem
 from ..primitives import LOG2_E
-from ..tunable import Config, smallest_block_refusal
-from .limits import refusal
+from .limits import HopperConfig
 from .pipeline import barriers, slot, turn_of
 
 BLOCK_KEYS = gl.constexpr(128)
@@ -21,16 +19,10 @@ SPACE = {"block_q": (32, 64), "num_warps": (4,), "num_stages": (2, 3, 4)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueryTilesConfig(Config):
+class QueryTilesConfig(HopperConfig):
     """Launch choices of a kernel that sweeps over queries: those of a tile; `num_stages` such tiles in flight."""
 
     block_q: int = 64
-
-    def refusal(self, problem: Problem) -> str | None:
-        """Why this config cannot run `problem`, or None."""
-        if self.num_warps != 4:
-            return f"num_warps {self.num_warps} is not 4, the warps of a matrix instruction"
-        return smallest_block_refusal(self, problem) or refusal(problem)
 
 
 @gluon.jit

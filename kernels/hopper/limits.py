@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..layout import Sequences
+from ..tunable import Config, smallest_block_refusal
 
 ARCH = "sm_90"
 HEAD_DIMS = (64, 128)
@@ -23,6 +25,17 @@ LEAST_FLOPS = 1e11
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperConfig(Config):
+    """Launch choices of a kernel whose groups of four warps compute."""
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this config cannot run `problem`, or None."""
+        if self.num_warps != 4:
+            return f"num_warps {self.num_warps} is not 4, the warps of a matrix instruction"
+        return smallest_block_refusal(self, problem) or refusal(problem)
 
 
 def refusal(problem: Problem) -> str | None:

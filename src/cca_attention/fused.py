@@ -125,13 +125,17 @@ def attend(
     else:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
     tensors = (q, k, v, k_core, v_core, out)
-    seen = min(q.shape[2] / 2, spec.window_size + q.shape[2] / (2 * spec.group_size))  # keys of a query, on average
-    flops = math.inf if configs.forces("forward_hopper") else 4.0 * q.numel() * seen
+    flops = math.inf if configs.forces("forward_hopper") else 4.0 * q.numel() * keys_seen(q, spec)
     if hopper.usable(sequences, flops, *tensors):
         hopper.forward.launch_forward_hopper(*tensors, lse, spec=spec, config=configs["forward_hopper"])
     else:
         launch_forward(*tensors, lse, spec=spec, sequences=sequences, config=configs["forward"])
     return out, lse
+
+
+def keys_seen(q: Tensor, spec: CCASpec) -> float:
+    """About how many keys, cores and raw tokens, each of the queries (B, Hq, T, D) sees, on average."""
+    return min(q.shape[2] / 2, spec.window_size + q.shape[2] / (2 * spec.group_size))
 
 
 def _forward_emulated(
@@ -179,7 +183,7 @@ def backward(
         )  # fmt: skip
     tensors = (q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv)
     token_gradients(tensors, spec, sequences, configs)
-    launch_backward_dq(q, k, v, k_core, v_core, dout, lse, delta, dq, config=configs["backward_dq"], **call)
+    query_gradients((q, k, v, k_core, v_core, dout, lse, delta, dq), spec, sequences, configs)
     return dq, dk, dv
 
 
@@ -217,3 +221,13 @@ def token_gradients(tensors: tuple[Tensor, ...], spec: CCASpec, sequences: Seque
         hopper.backward_dkv.launch_backward_dkv_hopper(*tensors, spec=spec, config=config)
     else:
         launch_backward_dkv(*tensors, spec=spec, sequences=sequences, config=configs["backward_dkv"])
+
+
+def query_gradients(tensors: tuple[Tensor, ...], spec: CCASpec, sequences: Sequences, configs: Configs) -> None:
+    """Complete dq, the last of `tensors`; they are those that `launch_backward_dq` takes."""
+    q, k, v, k_core, v_core, dout, _, _, dq = tensors
+    flops = math.inf if configs.forces("backward_dq_hopper") else 6.0 * q.numel() * keys_seen(q, spec)
+    if hopper.usable(sequences, flops, q, k, v, k_core, v_core, dout, dq):
+        hopper.backward_dq.launch_backward_dq_hopper(*tensors, spec=spec, config=configs["backward_dq_hopper"])
+    else:
+        launch_backward_dq(*tensors, spec=spec, sequences=sequences, config=configs["backward_dq"])

@@ -1,0 +1,268 @@
+"""The gradient of the queries for Hopper (spec section 4): a tile's products while the slopes before it are added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ...problem import Problem
+from ...spec import CCASpec
+from ..backward_dq import allocate, work
+from ..primitives import LOG2_E
+from ..tunable import Tunable
+from .limits import ARCH
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors, slot, turn_of
+from .queries import (
+    BLOCK_Q,
+    SPACE,
+    KeyTilesConfig,
+    allocate_keys,
+    allocate_rows,
+    feed,
+    key_at,
+    locate,
+    tiles_of,
+    visible,
+)
+
+
+@gluon.jit
+def probabilities(
+    scores, lse2, is_core, key, offs_q,
+    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
+    MASKED: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """The probabilities [Q, K] that the forward gave its keys; zero for those that a query does not see."""
+    probs = gl.exp2(scores * SCALE_LOG2 - lse2[:, None])
+    if MASKED:
+        probs = gl.where(visible(offs_q, is_core, key, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, SCORES), probs, 0.0)
+    return probs
+
+
+@gluon.jit
+def sweep(
+    q, dout, keys_smem, bars, ds, dq, lse2, delta, offs_q, tiles, first, end, count,
+    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
+    NUM_STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, GRADS: gl.constexpr,
+):  # fmt: skip
+    """Tiles first .. end - 1; `ds` are the slopes of the tile before, whose keys are still to be added to dq."""
+    k_smem, v_smem = keys_smem
+    _, _, k_ready, k_free, v_ready, v_free = bars
+    HALF: gl.constexpr = q.shape[0]
+    HEAD_DIM: gl.constexpr = q.shape[1]
+    for number in range(first, end):
+        stage, parity = slot(count, NUM_STAGES)
+        before = (count - 1) % NUM_STAGES
+        is_core, key = key_at(number, tiles, BLOCK_K)
+        k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+        v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+        blank = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
+        mbarrier.wait(k_ready.index(stage), parity)
+        scores = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), parity)
+        dprobs = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds, k_smem.index(before).reshape([BLOCK_K, HEAD_DIM]), dq, is_async=True)
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        probs = probabilities(
+            scores, lse2, is_core, key, offs_q, SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, MASKED, SCORES
+        )
+        dprobs = warpgroup_mma_wait(1, deps=[dprobs])
+        mbarrier.arrive(v_free.index(stage), count=1)
+        wide = probs * (dprobs - delta[:, None])
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        mbarrier.arrive(k_free.index(before), count=1)
+        ds = gl.convert_layout(wide.to(k_smem.dtype), gl.DotOperandLayout(0, GRADS, 2))
+        count += 1
+    return ds, dq, count
+
+
+@gluon.jit
+def first_slopes(
+    q, dout, keys_smem, bars, lse2, delta, offs_q, tiles, count,
+    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
+    NUM_STAGES: gl.constexpr, SCORES: gl.constexpr, GRADS: gl.constexpr,
+):  # fmt: skip
+    """The slopes of tile 0, which is at an edge, as every tile of queries has its own tokens."""
+    k_smem, v_smem = keys_smem
+    _, _, k_ready, _, v_ready, v_free = bars
+    HALF: gl.constexpr = q.shape[0]
+    HEAD_DIM: gl.constexpr = q.shape[1]
+    stage, parity = slot(count, NUM_STAGES)
+    is_core, key = key_at(0, tiles, BLOCK_K)
+    blank = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
+    mbarrier.wait(k_ready.index(stage), parity)
+    k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+    scores = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(stage), parity)
+    v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+    dprobs = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    probs = probabilities(
+        scores, lse2, is_core, key, offs_q, SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, True, SCORES
+    )
+    dprobs = warpgroup_mma_wait(0, deps=[dprobs])
+    mbarrier.arrive(v_free.index(stage), count=1)
+    ds = probs * (dprobs - delta[:, None])
+    return gl.convert_layout(ds.to(k_smem.dtype), gl.DotOperandLayout(0, GRADS, 2))
+
+
+@gluon.jit
+def compute(
+    GROUP: gl.constexpr, dq_desc, rows_smem, keys_smem, bars, sizes, lse_ptr, delta_ptr, dq_ptr, dq_strides,
+    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr,
+    BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four computing warps: one half (GROUP 0 or 1) of the queries of every tile."""
+    k_smem, _ = keys_smem
+    rows_ready, rows_free, _, k_free, _, _ = bars
+    seq_len, heads, items, _, _ = sizes
+    HALF: gl.constexpr = BLOCK_Q // 2
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    q = rows_smem[0].index(GROUP).reshape([HALF, HEAD_DIM])
+    dout = rows_smem[1].index(GROUP).reshape([HALF, HEAD_DIM])
+    count = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        batch, head, first_q = locate(item, sizes)
+        tiles, edges, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
+        first_q += GROUP * HALF
+        offs_q = first_q + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+        stats = (batch * heads + head).to(gl.int64) * seq_len + offs_q
+        lse2 = gl.load(lse_ptr + stats, mask=offs_q < seq_len, other=0.0) * LOG2_E
+        delta = gl.load(delta_ptr + stats, mask=offs_q < seq_len, other=0.0)
+        dq = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
+        mbarrier.wait(rows_ready.index(GROUP), turn_of(item) & 1)
+        ds = first_slopes(
+            q, dout, keys_smem, bars, lse2, delta, offs_q, tiles, count,
+            SCALE * LOG2_E, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, SCORES, GRADS,
+        )  # fmt: skip
+        count += 1
+        for full in gl.static_range(2):
+            first, end = (1, edges) if full == 0 else (edges, total)
+            ds, dq, count = sweep(
+                q, dout, keys_smem, bars, ds, dq, lse2, delta, offs_q, tiles, first, end, count,
+                SCALE * LOG2_E, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, GRADS,
+            )  # fmt: skip
+        last = (count - 1) % NUM_STAGES
+        dq = warpgroup_mma(ds, k_smem.index(last).reshape([BLOCK_K, HEAD_DIM]), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq]) * SCALE
+        mbarrier.arrive(k_free.index(last), count=1)
+        if not MEAN:
+            rows = first_q + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
+            columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
+            scored = (rows < seq_len) & ((rows + 1) % GROUP_SIZE == 0)
+            pooled = dq_ptr + batch.to(gl.int64) * dq_strides[0] + head.to(gl.int64) * dq_strides[1]
+            offs = rows.to(gl.int64)[:, None] * dq_strides[2] + columns[None, :]
+            dq += gl.load(pooled + offs, mask=scored[:, None], other=0.0).to(gl.float32)
+        # the queries are done with: their gradient leaves through their memory, and is cut off at the sequence's end
+        q.store(dq.to(k_smem.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_desc, [batch, head, first_q, 0], rows_smem[0].index(GROUP))
+        tma.store_wait(0)
+        mbarrier.arrive(rows_free.index(GROUP), count=1)
+
+
+# fmt: off
+@gluon.jit
+def backward_dq_hopper_kernel(
+    q_desc, dout_desc, k_desc, v_desc, k_core_desc, v_core_desc, dq_desc, lse_ptr, delta_ptr, dq_ptr, dq_strides,
+    sizes,
+    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr,
+    COMPUTE: gl.constexpr,
+):
+    # fmt: on
+    """Persistent: each program takes every `num_programs`-th tile of queries."""
+    rows_smem = (allocate_rows(q_desc, HEAD_DIM), allocate_rows(q_desc, HEAD_DIM))
+    keys_smem, bars = allocate_keys(k_desc, BLOCK_K, HEAD_DIM, NUM_STAGES)
+    key_descs = (k_desc, v_desc, k_core_desc, v_core_desc)
+    gl.warp_specialize(
+        [
+            (compute, (0, dq_desc, rows_smem, keys_smem, bars, sizes, lse_ptr, delta_ptr, dq_ptr, dq_strides,
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+            (compute, (1, dq_desc, rows_smem, keys_smem, bars, sizes, lse_ptr, delta_ptr, dq_ptr, dq_strides,
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+            (feed, ((q_desc, dout_desc), key_descs, rows_smem, keys_smem, bars, sizes,
+                    GROUP_SIZE, WINDOW_SIZE, BLOCK_K, HEAD_DIM, NUM_STAGES)),
+        ],
+        [4, 1],
+        [COMPUTE, FEEDER],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardDqHopperConfig(KeyTilesConfig):
+    """Launch choices of `backward_dq_hopper_kernel`."""
+
+
+def default_config(problem: Problem, arch: str) -> BackwardDqHopperConfig:
+    """A config that runs every `problem` of these kernels."""
+    return BackwardDqHopperConfig(block_k=64, num_stages=3)
+
+
+def launch_backward_dq_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    *,
+    spec: CCASpec,
+    config: BackwardDqHopperConfig,
+) -> None:
+    """Fill `dq`, as `launch_backward_dq` does for dense sequences; `usable` must hold for all but lse and delta.
+
+    lse, delta (B, Hq, T) are float32 and contiguous. Keys and values after a query, up to the end of a tile, are
+    multiplied by zero: unlike in the portable kernel, a NaN there reaches back further than its own tile of queries.
+    """
+    batch, q_heads, tokens, head_dim = q.shape
+    items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
+    keys = [describe(x, config.block_k) for x in (k, v, k_core, v_core)]
+    rows = [describe(x, BLOCK_Q.value // 2) for x in (q, dout, dq)]
+    backward_dq_hopper_kernel[(min(multiprocessors(q.device), items),)](
+        *rows[:2], *keys, rows[2], lse, delta, dq, dq.stride(),
+        (tokens, q_heads, items, q_heads // k.shape[1], q_heads // k_core.shape[1]),
+        SCALE=spec.softmax_scale(head_dim),
+        GROUP_SIZE=spec.group_size,
+        WINDOW_SIZE=spec.window_size,
+        MEAN=spec.pooling == "mean",
+        HEAD_DIM=head_dim,
+        BLOCK_K=config.block_k,
+        NUM_STAGES=config.num_stages,
+        FEEDER=FEEDER_REGISTERS,
+        COMPUTE=COMPUTE_REGISTERS,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def launch(problem: Problem, tensors: dict[str, Tensor], config: BackwardDqHopperConfig) -> None:
+    """One launch on what `allocate` made."""
+    launch_backward_dq_hopper(**tensors, spec=problem.spec, config=config)
+
+
+BACKWARD_DQ_HOPPER = Tunable(
+    name="backward_dq_hopper",
+    config=BackwardDqHopperConfig,
+    space=SPACE,
+    default=default_config,
+    allocate=allocate,
+    launch=launch,
+    work=work,
+    kernels=(backward_dq_hopper_kernel,),
+    archs=(ARCH,),
+)
