@@ -12,7 +12,6 @@ from ..kernels.tunable import Config
 from ..problem import Problem
 from ..verify.gate import TIMEOUT_S, Evidence, check_again, check_config
 from .compile import compile_config, sketch
-from .measure import ROUNDS, Timing
 
 Record = dict[str, Any]
 Verify = Callable[[str, str, Config, Problem], Evidence]
@@ -36,21 +35,6 @@ def compile_job(module: str, name: str, problem: Problem, configs: tuple[Config,
     """The `Resources` of each kernel that each config launches."""
     compiled = (compile_config(module, name, problem, config) for config in configs)
     return [{"resources": [asdict(kernel) for kernel in kernels]} for kernels in compiled]
-
-
-def measure_job(
-    module: str, name: str, problem: Problem, configs: tuple[Config, ...], default: Config, sample: Sample
-) -> list[Record]:
-    """The `Timing` of each config and of the default, taken in turns."""
-    records = []
-    for config in configs:
-        samples: tuple[list[float], list[float]] = ([], [])
-        for _ in range(ROUNDS):
-            for own, launched in zip(samples, (default, config), strict=True):
-                own.extend(sample(module, name, launched, problem))
-        baseline, timing = map(Timing.of, samples)
-        records.append({"timing": asdict(timing), "baseline": asdict(baseline)})
-    return records
 
 
 def verify_job(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-Phase = Literal["sketch", "compile", "verify", "measure", "recheck"]
+Phase = Literal["sketch", "compile", "verify", "measure", "round", "recheck", "choice"]
 VERSION = 1
 
 

@@ -38,6 +38,10 @@ class Keys:
         source, fields = source_hash(tunable.name), config_fields(config)
         return Key(phase, tunable.name, source, problem, fields, where.get(phase, checked), triton.__version__)
 
+    def choice(self, tunable: Tunable) -> Key:
+        """The key of what was chosen last, whatever the versions were."""
+        return Key("choice", tunable.name, "", str(self.problem), "", self.device.name, "")
+
 
 def card_here() -> str | None:
     """The GPU of this machine by all that a kernel's behaviour on it depends on; None if there is none."""

@@ -14,8 +14,6 @@ from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from .compile import find_tunable
 
-ROUNDS = 3
-"""How often a config and the built-in one are timed in turns, so that a drifting clock meets both alike."""
 WARM_UP_MS, REPEAT_MS = 10, 30
 SEED = 20241219
 PLAUSIBLE = 0.75
@@ -58,11 +56,18 @@ def sample(module: str, name: str, config: Config, problem: Problem) -> list[flo
     return [1e3 * time_ms for time_ms in times_ms]
 
 
+class NoRoomError(RuntimeError):
+    """The GPU has no memory for the tensors of the problem, whatever the config."""
+
+
 def _inputs(tunable: Tunable, problem: Problem) -> dict[str, Tensor]:
     """The tensors of one problem, kept until another is asked for."""
     key = tunable.name, problem
     if key not in _tensors:
         _tensors.clear()
         device = torch.device("cuda")
-        _tensors[key] = tunable.allocate(problem, device, torch.Generator(device).manual_seed(SEED))
+        try:
+            _tensors[key] = tunable.allocate(problem, device, torch.Generator(device).manual_seed(SEED))
+        except torch.OutOfMemoryError as error:
+            raise NoRoomError(f"no room for the tensors of {tunable.name} for {problem}: {error}") from error
     return _tensors[key]

@@ -15,6 +15,8 @@ Outcome = Literal[
 ]  # fmt: skip
 """The kinds. "oom" is a lack of memory of any kind, "illegal access" an error after which a GPU context is lost."""
 
+NO_ROOM_FOR_TENSORS = "NoRoomError: "
+"""In the message of a job that could not even allocate the tensors: no config is to blame."""
 NO_ROOM = re.compile(r"OutOfMemoryError|OutOfResources|out of memory", re.IGNORECASE)
 STICKY = re.compile(
     r"illegal memory access|misaligned address|illegal (instruction|address)|launch failure|device-side assert"

@@ -124,6 +124,10 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; jobs that are given later get new ones."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()

@@ -17,6 +17,7 @@ from .jobs import Sample, Verify, recheck_by_gate, verify_by_gate
 from .journal import Phase
 from .measure import sample
 from .outcome import Quarantined
+from .race import Round
 from .search import Trial
 
 LIMIT_S: dict[Phase, float] = {
@@ -28,7 +29,9 @@ LIMIT_S: dict[Phase, float] = {
 class Request:
     """What to tune. `at_hand`: the GPU is in this machine, so configs are timed, not predicted.
 
-    `most_compiled`: configs compiled for each kernel, the best by the model's estimate; 0 for all. `verify`, `sample`
+    `most_compiled`: configs looked at for each kernel, by the model's estimate or by the `strategy`; 0 for all.
+    `rounds`: how often the best are timed; `budget_s`: seconds after which the search of the last kernel ends, None for
+    no limit; `seed` of the order in a round and of what a strategy draws. `verify`, `sample`
     and `recheck` are called in worker processes in this order where the GPU is at hand, elsewhere `verify` alone;
     `limit_s` is the time that a job of each phase has.
     """
@@ -40,6 +43,10 @@ class Request:
     at_hand: bool
     jobs: int
     most_compiled: int
+    strategy: str = "racing"
+    rounds: int = 12
+    budget_s: float | None = None
+    seed: int = 0
     verify: Verify = verify_by_gate
     sample: Sample = sample
     recheck: Verify = recheck_by_gate
@@ -53,7 +60,8 @@ class Progress:
     Of `legal` configs (`refused` more broke their own rules), `same` launch what another does, `ruled_out` cannot fit,
     `outranked` were expected to be slower than those compiled, `failed` did not compile or gave no believable time,
     `dropped` do not fit once compiled, `quarantined` did harm or were wrong when they ran, whatever the next run is.
-    `checked` has the evidence for a config before it was timed. `trouble` says why nothing was chosen.
+    `checked` has the evidence for a config before it was timed, `space` what may be timed, the best by the model first,
+    `rounds` and `samples` (by round) what was. `trouble` says why nothing was chosen.
     """
 
     tunable: Tunable
@@ -69,6 +77,10 @@ class Progress:
     failed: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     timed: int = 0
+    out_of_time: bool = False
+    space: tuple[Config, ...] = ()
+    rounds: list[Round] = field(default_factory=list)
+    samples: dict[Config, dict[int, list[float]]] = field(default_factory=dict)
     sketches: dict[Config, Sketch] = field(default_factory=dict)
     trials: dict[Config, Trial] = field(default_factory=dict)
     checked: dict[Config, dict[str, Any]] = field(default_factory=dict)

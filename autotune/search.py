@@ -46,17 +46,20 @@ class Trial:
 def ranked(trials: Sequence[Trial], default: Config, margin: float = MARGIN) -> list[Trial]:
     """The trials that are not out, best first.
 
-    The default config leads unless it is beaten by more than `margin`. Equal scores go to fewer registers, less
-    shared memory, then to the smaller fields.
+    The default config leads unless it is beaten by more than `margin`. Equal scores are decided by `preference`.
     """
-    standing = sorted((trial for trial in trials if trial.score is not None), key=_order)
+    standing = sorted(
+        (trial for trial in trials if trial.score is not None),
+        key=lambda trial: (trial.score or 0.0, preference(trial)),
+    )
     for trial in standing:
         if trial.config == default and (trial.score or 0) * (1 - margin) <= (standing[0].score or 0):
             return [trial, *(other for other in standing if other is not trial)]
     return standing
 
 
-def _order(trial: Trial) -> tuple[float, int, int, tuple[int, ...]]:
+def preference(trial: Trial) -> tuple[int, int, tuple[int, ...]]:
+    """What decides among equally fast configs: fewer registers, less shared memory, then the smaller fields."""
     registers = max((r.registers for r in trial.resources), default=0)
     shared = max((r.shared_bytes for r in trial.resources), default=0)
-    return trial.score or 0.0, registers, shared, tuple(asdict(trial.config).values())
+    return registers, shared, tuple(asdict(trial.config).values())

@@ -120,6 +120,8 @@ STRATEGIES: dict[str, Strategy] = {
     "optuna": optuna_tpe,
 }
 """Every strategy by its name."""
+IN_ORDER = ("racing", "exhaustive")
+"""Those that ask for the first configs of the space and for no others: all of these can be compiled at once."""
 
 
 def _look(configs: tuple[Config, ...], space: Space, known: Known) -> Generator[tuple[Config, ...], Round, None]:

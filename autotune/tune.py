@@ -6,6 +6,8 @@ recorded as it ends, so that an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
@@ -16,14 +18,16 @@ from ..kernels.tunable import Config
 from . import jobs, space
 from .binary import Resources
 from .compile import Sketch, aim
+from .contest import Contest
 from .journal import Journal, Phase
-from .keys import Keys, card_here
-from .measure import Timing
+from .keys import Keys, card_here, config_fields
 from .outcome import against, outcome_of
 from .pool import Done, Job, Pool
-from .predict import predict, roofline_us
+from .predict import predict
 from .progress import Progress, Request
-from .search import Trial, ranked
+from .race import ranking
+from .search import Trial, preference, ranked
+from .strategies import IN_ORDER
 
 MOST_REJECTED = 4
 """Wrong results in a row after which the kernel itself is suspected, and no further config is tried."""
@@ -44,6 +48,7 @@ class Tuner:
         self._journal = journal
         self._kernels = kernels
         self._watch = watch
+        self._until: float | None = None
         self._keys = Keys(request.device, request.problem, card_here())
 
     def run(self) -> None:
@@ -53,14 +58,21 @@ class Tuner:
             ValueError: if a built-in config cannot run the problem.
         """
         request = self._request
-        with Pool(request.jobs, aim, request.device.arch) as compilers:
+        if request.budget_s is not None:
+            self._until = time.monotonic() + request.budget_s
+        with (
+            Pool(request.jobs, aim, request.device.arch) as compilers,
+            Pool(min(request.jobs, MOST_CHECKERS), jobs.no_setup, renew=True) as checkers,
+        ):
             self._sketch(compilers)
             self._compile(compilers)
-        with Pool(min(request.jobs, MOST_CHECKERS), jobs.no_setup, renew=True) as checkers:
             if request.at_hand:
-                self._check(checkers)
-                with Pool(1, jobs.no_setup, renew=True) as timer:
-                    self._measure(timer)
+                for kernel in self._kernels:
+                    kernel.stage = "checking"
+                self._check(checkers, self._kernels)
+                self._contest(compilers, checkers)
+            else:
+                compilers.close()
             self._verify(checkers)
 
     def _settle(
@@ -134,7 +146,10 @@ class Tuner:
             else:
                 kernel.ruled_out[shortage] += 1
         best = sorted(estimates, key=lambda config: (config != kernel.default, estimates[config]))
-        kept = best[: request.most_compiled or None]
+        kernel.space = tuple(best)
+        # a strategy that goes its own way begins with the built-in config and compiles what it asks for
+        at_once = 1 if request.at_hand and request.strategy not in IN_ORDER else request.most_compiled
+        kept = best[: at_once or None]
         kernel.outranked = len(best) - len(kept)
         return kept
 
@@ -157,11 +172,14 @@ class Tuner:
         prediction = predict(request.device, request.problem, config, work, launches)
         kernel.trials[config] = Trial(config, resources, prediction)
 
-    def _check(self, pool: Pool) -> None:
+    def _check(self, pool: Pool, kernels: Sequence[Progress]) -> None:
         """Verify whatever compiled and fits: nothing is timed before it gave right results."""
-        for kernel in self._kernels:
-            kernel.stage = "checking"
-        groups = [group for kernel in self._kernels for group in _standing(kernel)]
+        groups = [
+            (kernel, (trial.config,))
+            for kernel in kernels
+            for trial in kernel.trials.values()
+            if trial.refusal is None and trial.config not in kernel.checked
+        ]
         job = partial(jobs.verify_job, verify=self._request.verify)
         self._settle(pool, "verify", groups, job, self._absorb_check)
 
@@ -171,22 +189,23 @@ class Tuner:
         else:
             _put_out(kernel, config, record, "verify")
 
-    def _measure(self, pool: Pool) -> None:
-        for kernel in self._kernels:
-            kernel.stage = "timing"
-            job = partial(jobs.measure_job, default=kernel.default, sample=self._request.sample)
-            self._settle(pool, "measure", _standing(kernel), job, self._absorb_timing)
+    def _contest(self, compilers: Pool, checkers: Pool) -> None:
+        """Time what is right, one kernel after the other; what a search asks for besides is compiled and verified."""
+        request = self._request
 
-    def _absorb_timing(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
-        request, kernel.timed = self._request, kernel.timed + 1
-        if "failed" in record:
-            _put_out(kernel, config, record, "measure")
-            return
-        timing, baseline = Timing(**record["timing"]), Timing(**record["baseline"])
-        work = kernel.tunable.work(request.problem, config)
-        refusal = timing.refusal(roofline_us(request.device, request.problem, work))
-        kernel.failed["implausible timing"] += refusal is not None
-        kernel.trials[config] = replace(kernel.trials[config], timing=timing, baseline=baseline, refusal=refusal)
+        def prepare(kernel: Progress, configs: tuple[Config, ...]) -> None:
+            new = [(kernel, (config,)) for config in configs if config not in kernel.trials]
+            if new:
+                kernel.to_compile += len(new)
+                self._settle(compilers, "compile", new, jobs.compile_job, self._absorb_compiled)
+                self._check(checkers, [kernel])
+
+        contest = Contest(request, self._journal, self._keys, prepare, _put_out, self._watch)
+        with Pool(1, jobs.no_setup, renew=True) as timer:
+            for number, kernel in enumerate(self._kernels):
+                kernel.stage = "timing"
+                left = math.inf if self._until is None else max(0.0, self._until - time.monotonic())
+                contest.run(kernel, timer, time.monotonic() + left / (len(self._kernels) - number))
 
     def _verify(self, pool: Pool) -> None:
         """Check the best config of each kernel, then the next of those whose check it failed.
@@ -196,7 +215,7 @@ class Tuner:
         candidates, rejected = {}, {kernel.name: len(kernel.quarantined) for kernel in self._kernels}
         for kernel in self._kernels:
             kernel.stage = "verifying"
-            candidates[kernel.name] = iter(ranked(list(kernel.trials.values()), kernel.default))
+            candidates[kernel.name] = iter(self._order(kernel))
         request = self._request
         phase: Phase = "recheck" if request.at_hand else "verify"
         job = partial(jobs.verify_job, verify=request.recheck if request.at_hand else request.verify)
@@ -204,11 +223,31 @@ class Tuner:
             groups = []
             for kernel in unsettled:
                 trial = next(candidates[kernel.name], None)
-                if trial is None or len(kernel.quarantined) - rejected[kernel.name] >= MOST_REJECTED:
+                if kernel.trouble is not None:
+                    kernel.stage = "failed"
+                elif trial is None or len(kernel.quarantined) - rejected[kernel.name] >= MOST_REJECTED:
                     kernel.stage, kernel.trouble = "failed", _trouble(kernel)
                 else:
                     groups.append((kernel, (trial.config,)))
             self._settle(pool, phase, groups, job, self._absorb_evidence)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep what was chosen by its time: it is preferred when these kernels are timed again."""
+        for kernel in self._kernels:
+            if kernel.chosen is not None and kernel.rounds:
+                key, record = self._keys.choice(kernel.tunable), {"config": config_fields(kernel.chosen.config)}
+                if self._journal.get(key) != record:
+                    self._journal.add([(key, record)])
+
+    def _order(self, kernel: Progress) -> list[Trial]:
+        """The trials that are not out, the choice first."""
+        if not kernel.rounds:
+            return ranked(list(kernel.trials.values()), kernel.default)
+        last = self._journal.get(self._keys.choice(kernel.tunable)) or {"config": ""}
+        previous = next((config for config in kernel.trials if config_fields(config) == last["config"]), None)
+        configs = ranking(kernel.rounds, kernel.default, lambda config: preference(kernel.trials[config]), previous)
+        return [trial for config in configs if (trial := kernel.trials[config]).refusal is None]
 
     def _absorb_evidence(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
         if "failed" in record or not record["ok"]:
@@ -218,11 +257,6 @@ class Tuner:
             if first := kernel.checked.get(config):
                 worst = max(first["worst_budget_use"], record["worst_budget_use"])
                 kernel.evidence = {**first, "cases": first["cases"] + record["cases"], "worst_budget_use": worst}
-
-
-def _standing(kernel: Progress) -> list[Group]:
-    """The configs that are not out, each a group of its own."""
-    return [(kernel, (trial.config,)) for trial in kernel.trials.values() if trial.refusal is None]
 
 
 def _put_out(kernel: Progress, config: Config, record: Mapping[str, Any], phase: Phase) -> None:
