@@ -14,6 +14,9 @@ from .. import kernels
 from ..kernels import primitives
 from ..kernels.tunable import Config, Tunable
 
+KERNEL_ABI = 1
+"""What the fields of the kernels' configs mean; raised when a value would no longer mean what it did."""
+
 
 def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
     """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture.
@@ -52,7 +55,7 @@ def source_hash(kernel: str) -> str:
     """
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
     text = source.read_text()
-    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys") if f"from .{name} " in text]
+    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys", "queries") if f"from .{name} " in text]
     digest = hashlib.sha256()
     for path in (source, Path(primitives.__file__), *beside):
         digest.update(path.read_bytes())

@@ -5,164 +5,109 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PlainSerializer,
-    PlainValidator,
-    PositiveFloat,
-    PositiveInt,
-    PrivateAttr,
-    model_validator,
-)
+import torch
+from pydantic import Field, PrivateAttr, model_validator
 
-from ..kernels.tunable import HANDLES, Config, Schedule
+from ..kernels.tunable import HANDLES, Schedule
 from ..problem import Problem
-from ..spec import CoreHeads, Pooling
-from .configs import as_config, source_hash
+from .choice import Mode, ProfileMismatch, Resolution, choose
+from .configs import as_config
+from .evidence import (
+    MOST,
+    Baseline,
+    Determinism,
+    Fields,
+    KernelResources,
+    Latency,
+    Margin,
+    MeasurementPolicy,
+    ParetoPoint,
+    Part,
+    Predicted,
+    SearchRecord,
+    Size,
+    Verification,
+)
+from .identity import DeviceIdentity, HeadLayout, KernelSource, SemanticBlock, Semantics, Software
+from .live import live_device
 
-SCHEMA: Literal["cca-profile/1.0"] = "cca-profile/1.0"
-Evidence = Literal["measured", "modelled", "default"]
+__all__ = [
+    "SCHEMA", "Baseline", "Contradictions", "Determinism", "DeviceIdentity", "Entry", "Evidence", "HeadLayout",
+    "Interval", "KernelResources", "KernelSource", "Latency", "Margin", "MeasurementPolicy", "ParetoPoint",
+    "Predicted", "Profile", "ProfileMismatch", "ProfileWarning", "SearchRecord", "SemanticBlock", "Semantics",
+    "Software", "Verification", "tune_command",
+]  # fmt: skip
 
+SCHEMA = "cca-profile/1.0"
+REMEMBERED = 4096
+"""Problems whose configs a profile remembers; after so many it forgets them all."""
 
-class ProfileMismatch(ValueError):
-    """A profile asked about something else than it was made for."""
+Evidence = Literal["measured", "transferred", "modelled", "default"]
+Location = tuple[int | str, ...]
 
 
 class ProfileWarning(UserWarning):
-    """A kernel runs with its built-in config although a profile was given."""
+    """A kernel runs with its built-in config although a profile was given, or a profile was passed over."""
 
 
-def _problem(value: Any) -> Problem:
-    if isinstance(value, Problem):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"a problem is a mapping, got {value!r}")
-    try:
-        return Problem(**value)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+class Contradictions(ValueError):
+    """What parts of a profile say against each other, each with the place of the part."""
+
+    def __init__(self, found: list[tuple[Location, str]]) -> None:
+        super().__init__("; ".join(message for _, message in found))
+        self.found = found
 
 
-ProblemField = Annotated[Problem, PlainValidator(_problem), PlainSerializer(Problem.as_dict)]
+class Interval(Part):
+    """Closed ranges of sequence lengths and batches that an entry, measured at one point of them, is for."""
+
+    seq_len: tuple[Size, Size]
+    batch: tuple[Size, Size] = (1, 1)
+
+    def doublings_outside(self, problem: Problem) -> float:
+        """How far `problem` lies outside, in doublings; 0.0 inside."""
+        ranges = ((self.seq_len, problem.seq_len), (self.batch, problem.batch))
+        return sum(max(0.0, math.log2(low / size), math.log2(size / high)) for (low, high), size in ranges)
 
 
-class _Part(BaseModel):
-    """Frozen, and any field that it does not know is a mistake."""
+class Entry(Part):
+    """One kernel's config for one problem, with its evidence; `interval` is what that problem stands for.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeviceIdentity(_Part):
-    """The GPU that the configs are for; `names` are all the names that it answers to."""
-
-    name: str
-    vendor: str
-    arch: str
-    names: tuple[str, ...]
-    sm_count: PositiveInt
-    shared_bytes_per_block: PositiveInt
-    l2_bytes: PositiveInt
-    hbm_bytes: PositiveInt
-    hbm_gbps: PositiveFloat
-
-
-class Software(_Part):
-    """Versions, as strings: a YAML number would read "3.10" as 3.1."""
-
-    cca_attention: str
-    triton: str
-    torch: str
-    python: str
-    cuda: str | None = None
-
-
-class Semantics(_Part):
-    """What the model computes. A profile is never applied to another model than this describes."""
-
-    group_size: PositiveInt
-    window_size: PositiveInt
-    core_heads: CoreHeads
-    pooling: Pooling
-
-    @classmethod
-    def of(cls, problem: Problem) -> Semantics:
-        """The semantics of `problem`."""
-        return cls(**{name: getattr(problem, name) for name in cls.model_fields})
-
-
-class Latency(_Part):
-    """A measured time: microseconds over `samples` launches."""
-
-    median_us: PositiveFloat
-    p20_us: PositiveFloat
-    p80_us: PositiveFloat
-    samples: PositiveInt
-
-
-class Predicted(_Part):
-    """A modelled time in microseconds and the terms that it was made of."""
-
-    total_us: PositiveFloat
-    parts: dict[str, float]
-
-
-class KernelResources(_Part):
-    """What one compiled kernel takes of a block and of a thread, and does in one pass through its loops."""
+    Transferred evidence was measured on another GPU, `measured_on`, of the same architecture.
+    """
 
     kernel: str
-    shared_bytes: NonNegativeInt
-    registers: NonNegativeInt
-    spill_bytes: NonNegativeInt
-    num_warps: PositiveInt
-    loop_instructions: NonNegativeInt = 0
-    loop_spill_bytes: NonNegativeInt = 0
-
-
-class Verification(_Part):
-    """The run of a config against the oracle that it passed."""
-
-    suite: str
-    seed: int
-    cases: PositiveInt
-    worst_budget_use: float
-    mode: Literal["gpu", "interpreter"]
-    kernel_hash: str
-
-
-class Baseline(_Part):
-    """The built-in config and its time, measured or predicted like the entry's own."""
-
-    config: dict[str, int]
-    time_us: PositiveFloat | None
-
-
-class Entry(_Part):
-    """One kernel's config for one problem, with its evidence."""
-
-    kernel: str
-    problem: ProblemField
-    config: dict[str, int]
+    problem: Problem
+    interval: Interval | None = None
+    config: Fields
     evidence: Evidence
+    measured_on: str | None = None
     latency: Latency | None = None
     predicted: Predicted | None = None
     resources: tuple[KernelResources, ...] = ()
     baseline: Baseline
     verification: Verification | None = None
+    determinism: Determinism | None = None
 
     @model_validator(mode="after")
     def _evidence_is_there(self) -> Entry:
-        if (self.latency is not None) != (self.evidence == "measured"):
+        p = self.problem
+        if max(p.batch, p.q_heads, p.seq_len, p.group_size, p.window_size) > MOST:
+            raise ValueError(f"a size of the problem is beyond {MOST}")
+        timed = self.evidence in ("measured", "transferred")
+        if (self.latency is not None) != timed:
             raise ValueError(f"evidence {self.evidence!r} and a measured latency go together or not at all")
+        if (self.measured_on is not None) != (self.evidence == "transferred"):
+            raise ValueError(f"evidence {self.evidence!r} and measured_on go together or not at all")
         if self.evidence == "modelled" and self.predicted is None:
             raise ValueError("evidence 'modelled' needs the predicted time")
+        if self.interval is not None and self.interval.doublings_outside(self.problem) > 0:
+            raise ValueError(f"its interval {self.interval!r} does not hold its own problem {self.problem}")
         as_config(self.kernel, self.config)
         return self
 
@@ -181,101 +126,125 @@ class Entry(_Part):
         sizes = ("seq_len", "batch", "q_heads", "kv_heads")
         return sum(abs(math.log2(getattr(problem, size) / getattr(own, size))) for size in sizes)
 
+    def distance_outside(self, problem: Problem) -> float | None:
+        """As `distance`, but 0.0 in the whole interval."""
+        distance = self.distance(problem)
+        if distance is None or self.interval is None:
+            return distance
+        heads = ("q_heads", "kv_heads")
+        moved = sum(abs(math.log2(getattr(problem, size) / getattr(self.problem, size))) for size in heads)
+        return moved + self.interval.doublings_outside(problem)
 
-class KernelSource(_Part):
-    """The source that a kernel's configs were tuned and verified on."""
 
-    source_hash: str
-
-
-class Profile(_Part):
+class Profile(Part):
     """Tuned configs for one GPU and one model's semantics. Hashable; `schedule` is what launchers are given."""
 
-    schema_version: Literal["cca-profile/1.0"] = Field(alias="schema")
+    schema_version: str = Field(alias="schema", pattern=r"^cca-profile/1\.\d{1,4}$")
     created: str
     device: DeviceIdentity
     software: Software
-    semantic: Semantics
+    semantic: SemanticBlock
     kernels: dict[str, KernelSource]
+    policy: dict[str, MeasurementPolicy] = Field(default_factory=dict)
+    search: dict[str, SearchRecord] = Field(default_factory=dict)
+    pareto: tuple[ParetoPoint, ...] = ()
     entries: tuple[Entry, ...]
-    _schedules: dict[Problem, Schedule] = PrivateAttr(default_factory=dict)
+    _source: str = PrivateAttr(default="a profile that is in no file")
+    _mode: Mode = PrivateAttr(default="checked")
+    _resolutions: dict[Any, Mapping[str, Resolution]] = PrivateAttr(default_factory=dict)
+    _schedules: dict[Any, Schedule] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _entries_belong(self) -> Profile:
-        for entry in self.entries:
-            if entry.kernel not in self.kernels:
-                raise ValueError(f"kernels names no source for {entry.kernel!r}, which has an entry")
-            if Semantics.of(entry.problem) != self.semantic:
-                raise ValueError(
-                    f"the entry of {entry.kernel} for {entry.problem} has other semantics than the profile"
-                )
-        keys = [(entry.kernel, entry.problem) for entry in self.entries]
-        if doubled := {key for key in keys if keys.count(key) > 1}:
-            raise ValueError("more than one entry for " + ", ".join(f"{k} on {p}" for k, p in sorted(doubled, key=str)))
+        if found := list(self._contradictions()):
+            raise Contradictions(found)
         return self
+
+    def _contradictions(self) -> Iterator[tuple[Location, str]]:
+        seen: set[tuple[str, Problem]] = set()
+        for index, entry in enumerate(self.entries):
+            place, named = ("entries", index), f"the entry of {entry.kernel} for {entry.problem}"
+            if entry.kernel not in self.kernels:
+                yield place, f"kernels names no source for {entry.kernel!r}, which has an entry"
+            if complaint := self.semantic.complaint(entry.problem):
+                yield place, f"{named} {complaint}"
+            if (entry.kernel, entry.problem) in seen:
+                yield place, f"more than one entry for {entry.kernel} on {entry.problem}"
+            seen.add((entry.kernel, entry.problem))
 
     @cached_property
     def handle(self) -> str:
         """The string that stands for it in `HANDLES`; equal profiles have equal handles."""
-        return f"profile {hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()}"
+        content = self.model_dump_json(by_alias=True).encode()
+        return f"{self._mode} profile {hashlib.sha256(content).hexdigest()}"
 
     def model_post_init(self, context: Any, /) -> None:
         """Enter it in `HANDLES`."""
         super().model_post_init(context)
         HANDLES.setdefault(self.handle, self)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.handle == other.handle
+
     def __hash__(self) -> int:
         return hash(self.handle)
 
-    def schedule(self, problem: Problem) -> Schedule:
-        """The config of each kernel from the nearest problem it was tuned for.
+    @property
+    def source(self) -> str:
+        """The file that it was read from."""
+        return self._source
 
-        Kernels without an entry for the head dimension and dtype, or whose source has changed since, are left to
-        their built-in config, with one `ProfileWarning`.
+    @property
+    def mode(self) -> Mode:
+        """How much `schedule` accepts: see `choose`."""
+        return self._mode
+
+    def read_from(self, source: str, mode: Mode = "checked") -> Profile:
+        """The same content with the name of its file and the mode of its look-ups."""
+        new = Profile.model_construct(**{name: getattr(self, name) for name in Profile.model_fields})
+        new._source, new._mode = source, mode
+        HANDLES[new.handle] = new
+        return new
+
+    def resolutions(self, problem: Problem, device: torch.device | None = None) -> Mapping[str, Resolution]:
+        """What each kernel of the profile is launched with for `problem` on `device` (None: on the profile's own GPU).
 
         Raises:
-            ProfileMismatch: if `problem` has another group size, window size, core heads or pooling.
+            ProfileMismatch: as `choose` does.
         """
-        if problem not in self._schedules:
-            self._schedules[problem] = self._make_schedule(problem)
-        return self._schedules[problem]
+        key = (problem, device)
+        if key not in self._resolutions:
+            if len(self._resolutions) >= REMEMBERED:
+                self._resolutions.clear()
+            live = live_device(device)
+            self._resolutions[key] = {name: choose(self, name, problem, live, self._mode) for name in self.kernels}
+        return self._resolutions[key]
 
-    def _make_schedule(self, problem: Problem) -> Schedule:
-        asked = Semantics.of(problem)
-        if asked != self.semantic:
-            raise ProfileMismatch(f"the profile of {self.device.name} is for {self.semantic!r}, the call has {asked!r}")
-        chosen: dict[str, Config] = {}
-        reasons: list[str] = []
-        for kernel in self.kernels:
-            config, reason = self._nearest(kernel, problem)
-            if config is not None:
-                chosen[kernel] = config
-            else:
-                reasons.append(f"{kernel} ({reason})")
-        if reasons:
-            text = f"the profile of {self.device.name} does not serve {', '.join(reasons)}: built-in configs are used"
+    def schedule(self, problem: Problem, device: torch.device | None = None) -> Schedule:
+        """The config of each kernel that has a usable entry for `problem` on `device` (None: the profile's own GPU).
+
+        Kernels without one are left to their built-in config, with one `ProfileWarning`.
+
+        Raises:
+            ProfileMismatch: as `choose` does.
+        """
+        key = (problem, device)
+        found = self._schedules.get(key)
+        if found is None:
+            if len(self._schedules) >= REMEMBERED:
+                self._schedules.clear()
+            found = self._schedules[key] = self._make_schedule(problem, device)
+        return found
+
+    def _make_schedule(self, problem: Problem, device: torch.device | None) -> Schedule:
+        resolutions = self.resolutions(problem, device).values()
+        unserved = [f"{r.kernel} ({'; '.join(r.reasons)})" for r in resolutions if r.entry is None]
+        if unserved and self._mode != "off":
+            text = f"the profile of {self.device.name} does not serve {', '.join(unserved)}: built-in configs are used"
             warnings.warn(
                 f"{text}; to tune them: {tune_command(self.device.name, problem)}", ProfileWarning, stacklevel=4
             )
-        return Schedule(chosen)
-
-    def _nearest(self, kernel: str, problem: Problem) -> tuple[Config | None, str]:
-        if not any(entry.kernel == kernel for entry in self.entries):
-            return None, "no verified config"
-        found = sorted(self._fitting(kernel, problem), key=lambda pair: pair[0])
-        if not found:
-            return None, f"tuned for no head_dim {problem.head_dim} in {problem.dtype}"
-        if source_hash(kernel) != self.kernels[kernel].source_hash:
-            return None, "its source has changed since it was tuned"
-        return found[0][1], ""
-
-    def _fitting(self, kernel: str, problem: Problem) -> Iterator[tuple[float, Config]]:
-        for entry in self.entries:
-            distance = entry.distance(problem)
-            if entry.kernel == kernel and distance is not None:
-                config = as_config(kernel, entry.config)
-                if config.refusal(problem) is None:
-                    yield distance, config
+        return Schedule({r.kernel: r.config for r in resolutions if r.entry is not None})
 
 
 def tune_command(device: str, problem: Problem | None = None) -> str:

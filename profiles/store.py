@@ -1,65 +1,48 @@
-"""Where profiles are kept: read by path or by the GPU's name, written whole or not at all."""
+"""Profiles as files: found by path or by the GPU's name, written whole or not at all, merged without loss."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from platformdirs import user_data_path
-from pydantic import ValidationError
+from filelock import FileLock
+from platformdirs import user_cache_path
 
-from .schema import Entry, KernelSource, Profile, tune_command
+from .choice import Mode
+from .identity import SemanticBlock, Semantics, plain
+from .places import Place, bundled_folder, current_folder, places, user_folder
+from .reading import ProfileError, read_profile
+from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
 
-_EVIDENCE_RANK = {"default": 0, "modelled": 1, "measured": 2}
+__all__ = [
+    "ProfileError", "ProfileNotFound", "bundled_folder", "load_profile", "make_profile", "merged", "profile_files",
+    "read_profile", "update_profile", "user_folder", "write_profile",
+]  # fmt: skip
 
-
-class ProfileError(ValueError):
-    """A profile file that cannot be used; the message says what is wrong with it, all at once."""
+_EVIDENCE_RANK = {"default": 0, "modelled": 1, "transferred": 2, "measured": 3}
+_SCHEMA_LINE = re.compile(rb"^schema:\s*['\"]?cca-profile/", re.MULTILINE)
 
 
 class ProfileNotFound(ProfileError, LookupError):
     """No profile of that name; the message says which command makes one."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error instead of the last one winning."""
-
-
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for position, key in enumerate(keys):
-        if key in keys[:position]:
-            mark = node.value[position][0].start_mark
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", mark)
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def user_folder() -> Path:
-    """Where a user's own profiles are looked for by name."""
-    return user_data_path("cca-attention") / "profiles"
-
-
-def bundled_folder() -> Path:
-    """The profiles that come with the package."""
-    return Path(str(resources.files(__package__))) / "data"
-
-
-def load_profile(name: str | Path) -> Profile:
+def load_profile(name: str | Path, mode: Mode = "checked") -> Profile:
     """The profile at a path, or the one for a GPU.
 
     Args:
         name: a path ending in .yaml or .yml; or a GPU's name ("a100", "NVIDIA H200"), looked for in the current
-            folder, then in the user's (`user_folder()`), then among those that come with the package; or "auto" for
-            the GPU at hand.
+            folder, then in those that CCA_PROFILE_PATH names, the user's (`user_folder()`), those of installed
+            packages, and among those that come with this one; or "auto" for the GPU at hand.
+        mode: what its look-ups accept: "checked" takes what can run and says how good it is, "strict" only what was
+            measured and verified on this very silicon (else an error), "off" nothing.
 
     Raises:
         ProfileNotFound: saying where was looked and which command makes one.
@@ -68,20 +51,15 @@ def load_profile(name: str | Path) -> Profile:
     if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise ProfileNotFound(f"there is no profile file {name}")
-        return read_profile(Path(name))
-    wanted = _plain(_name_at_hand() if name == "auto" else name)
-    folders = [Path.cwd(), user_folder(), bundled_folder()]
-    for path in _profile_files(folders):
-        profile = _read_if_profile(path)
-        if profile is not None and wanted in map(_plain, profile.device.names):
+        return read_profile(Path(name), mode)
+    wanted = plain(_name_at_hand() if name == "auto" else name)
+    looked = places() if name == "auto" else [current_folder(), *places()]
+    for _, path in profile_files(looked):
+        profile = read_profile(path, mode)
+        if wanted in map(plain, profile.device.names):
             return profile
-    looked = ", ".join(map(str, folders))
-    raise ProfileNotFound(f"no profile for the GPU {name!r} in {looked}; to make one: {tune_command(name)}")
-
-
-def _plain(name: str) -> str:
-    """A name as names are compared: letters and digits only, without the vendor."""
-    return "".join(c for c in name.lower().replace("nvidia", "").replace("amd", "") if c.isalnum())
+    folders = ", ".join(str(place.folder) for place in looked)
+    raise ProfileNotFound(f"no profile for the GPU {name!r} in {folders}; to make one: {tune_command(name)}")
 
 
 def _name_at_hand() -> str:
@@ -92,38 +70,20 @@ def _name_at_hand() -> str:
     return torch.cuda.get_device_name()
 
 
-def _profile_files(folders: list[Path]) -> Iterator[Path]:
-    for folder in folders:
-        pattern = "*.yaml" if folder == Path.cwd() else "**/*.yaml"
-        yield from sorted(folder.glob(pattern))
-
-
-def _read_if_profile(path: Path) -> Profile | None:
-    """The profile in `path`; None if the file says that it is something else."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        if not any(line.startswith("schema:") and "cca-profile/" in line for line in file):
-            return None
-    return read_profile(path)
-
-
-def read_profile(path: Path) -> Profile:
-    """The profile in one file. Raises `ProfileError` with every mistake found, each with its place."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not str(content.get("schema")).startswith("cca-profile/"):
-        raise ProfileError(f"{path} is not a profile: it has no line 'schema: cca-profile/1.0'")
-    try:
-        return Profile.model_validate(content)
-    except ValidationError as error:
-        mistakes = [f"  {'.'.join(map(str, e['loc'])) or 'profile'}: {e['msg']}" for e in error.errors()]
-        raise ProfileError(f"{path} has {len(mistakes)} mistakes:\n" + "\n".join(mistakes)) from error
+def profile_files(looked: Sequence[Place]) -> Iterator[tuple[Place, Path]]:
+    """The files of these places that say that they are profiles, whole or damaged."""
+    for place in looked:
+        for path in place.files():
+            with path.open("rb") as file:
+                is_profile = _SCHEMA_LINE.search(file.read(4096)) is not None
+            if is_profile:
+                yield place, path
 
 
 def write_profile(profile: Profile, path: Path) -> None:
     """Write `profile` to `path`, replacing what is there only once the new file is whole and on disk."""
     content = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    content = {name: value for name, value in content.items() if value or name in ("entries", "kernels")}
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -138,13 +98,36 @@ def write_profile(profile: Profile, path: Path) -> None:
         raise
 
 
+def update_profile(path: Path, change: Callable[[Profile | None], Profile]) -> Profile:
+    """Write what `change` makes of the profile at `path` (None: there is none), while no other process does the same.
+
+    Raises:
+        ProfileError: if what is there is no profile; it is then left alone.
+    """
+    folder = user_cache_path("cca-attention") / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    with FileLock(folder / f"{name[:32]}.lock"):
+        profile = change(read_profile(path) if path.exists() else None)
+        write_profile(profile, path)
+    return profile
+
+
 def merged(old: Profile, new: Profile) -> Profile:
     """`new` with what only `old` has: other problems, and better evidence on the same kernel source.
 
     Raises:
-        ProfileError: if they are for different GPUs or semantics.
+        ProfileError: if they are for different GPUs or semantics, or one kernel's times were taken in different ways.
     """
-    for name, mine, yours in (("GPU", old.device.name, new.device.name), ("semantics", old.semantic, new.semantic)):
+    pairs = (
+        ("GPU", old.device.name, new.device.name),
+        ("semantics", old.semantic.meaning, new.semantic.meaning),
+        *(
+            (f"measurement policy of {k}", old.policy[k], new.policy[k])
+            for k in sorted(old.policy.keys() & new.policy.keys())
+        ),
+    )
+    for name, mine, yours in pairs:
         if mine != yours:
             raise ProfileError(f"its {name} is {mine!r}, not {yours!r}")
     current = {kernel: source for kernel, source in old.kernels.items() if new.kernels.get(kernel, source) == source}
@@ -153,15 +136,27 @@ def merged(old: Profile, new: Profile) -> Profile:
         held = entries.get((entry.kernel, entry.problem))
         if held is None or _EVIDENCE_RANK[held.evidence] <= _EVIDENCE_RANK[entry.evidence]:
             entries[entry.kernel, entry.problem] = entry
-    return new.model_copy(update={"kernels": {**current, **new.kernels}, "entries": tuple(entries.values())})
+    parts = {name: getattr(new, name) for name in Profile.model_fields}
+    for name in ("policy", "search"):
+        parts[name] = {**getattr(old, name), **getattr(new, name)}
+    parts |= {"kernels": {**current, **new.kernels}, "entries": tuple(entries.values())}
+    parts["semantic"] = SemanticBlock.describing(new.semantic.meaning, [e.problem for e in entries.values()])
+    return Profile(schema=parts.pop("schema_version"), **parts)
 
 
-def make_profile(*, kernels: dict[str, str], entries: list[Entry], **parts: Any) -> Profile:
-    """A profile made now: `kernels` maps each to its source hash; `parts` are device, software and semantic."""
+def make_profile(*, kernels: dict[str, str], entries: Sequence[Entry], semantic: Semantics, **parts: Any) -> Profile:
+    """A profile made now.
+
+    Args:
+        kernels: the source hash of each kernel. entries: at most one for a kernel and problem.
+        semantic: what the model computes; dtypes and head layouts are taken from the entries.
+        parts: `device` and `software`; and, where known, `policy`, `search` and `pareto`.
+    """
     return Profile(
-        schema="cca-profile/1.0",
+        schema=SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         kernels={name: KernelSource(source_hash=digest) for name, digest in kernels.items()},
+        semantic=SemanticBlock.describing(semantic, [entry.problem for entry in entries]),
         entries=tuple(entries),
         **parts,
     )

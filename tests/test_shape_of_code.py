@@ -22,6 +22,8 @@ MAX_FUNCTION, MAX_KERNEL_BODY = 40, 90
 MAX_KERNEL_ARGUMENTS = 32
 DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+READS_ENVIRONMENT = {"profiles/places.py": 'os.environ.get(ENVIRONMENT, "")'}
+"""The one exception, once: in which folders a user keeps profiles."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -124,7 +126,8 @@ def masked_loads_have_other(module: Module) -> Iterator[Finding]:
 
 
 def no_environment_variables(module: Module) -> Iterator[Finding]:
-    for node in module.nodes:
+    source = module.source.replace(READS_ENVIRONMENT.get(module.path, "\0"), "None", 1)
+    for node in Module(module.path, source).nodes:
         names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
         if isinstance(node, ast.Attribute):
             names = {node.attr}
@@ -232,8 +235,13 @@ RULES = [
             plant("import os\nx = os.environ['X']"),
             plant("import os as system\nx = system.getenv('X')"),
             plant("from os import environ"),
+            plant('x = os.environ.get(ENVIRONMENT, "")'),
+            plant('x = os.environ.get(ENVIRONMENT, "")\n' * 2, "profiles/places.py"),
         ),
-        good=(plant("import os\nx = os.cpu_count()"),),
+        good=(
+            plant("import os\nx = os.cpu_count()"),
+            plant('x = os.environ.get(ENVIRONMENT, "")', "profiles/places.py"),
+        ),
     ),
     Rule(
         public_names_have_docstrings,

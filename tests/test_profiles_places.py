@@ -1,0 +1,117 @@
+"""Where a profile comes from when it is asked for by a GPU's name, and what `auto` makes of what is found."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from cca_attention.profiles import places, store
+from cca_attention.profiles.configs import source_hash
+from cca_attention.profiles.reading import ProfileError
+from cca_attention.profiles.store import ProfileNotFound, load_profile
+
+TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
+ORDER = ("here", "environment", "user", "package", "bundled")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The places where names are looked up, all empty."""
+    found = {name: tmp_path / name for name in ORDER}
+    found["package"] = tmp_path / "site" / "a_package" / "tuned"
+    for folder in found.values():
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(found["here"])
+    monkeypatch.setenv(places.ENVIRONMENT, str(found["environment"]))
+    monkeypatch.setattr(places, "user_folder", lambda: found["user"])
+    monkeypatch.setattr(places, "bundled_folder", lambda: found["bundled"])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    point = metadata.EntryPoint("a-package", "a_package.tuned", places.ENTRY_POINTS)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == places.ENTRY_POINTS else [])
+    return found
+
+
+def put(folder: Path, created: str, name: str = "any-name.yaml") -> None:
+    """A profile in `folder` that is known by its time."""
+    (folder / name).write_text(TEXT.replace("2026-11-22T10:00:00+00:00", created))
+
+
+def test_names_are_looked_up_in_order(folders: dict[str, Path]) -> None:
+    with pytest.raises(ProfileNotFound, match="to make one: cca-tune --gpu a100 --ctx 131072"):
+        load_profile("a100")
+    for place in reversed(ORDER):
+        put(folders[place], place)
+        for name in ("a100", "A100-80GB", "NVIDIA A100-SXM4-80GB", "a100_80gb"):
+            assert load_profile(name).created == place
+    with pytest.raises(ProfileNotFound, match="h200"):
+        load_profile("h200")
+
+
+def test_other_files_in_the_way_are_passed_over_but_a_broken_profile_is_not(folders: dict[str, Path]) -> None:
+    (folders["here"] / "a.yaml").write_bytes(b"\xff\xfe not text: [")
+    (folders["here"] / "docker-compose.yaml").write_text("schema: something/else\nservices: {}\n")
+    (folders["here"] / "folder.yaml").mkdir()
+    (folders["user"] / "deeper").mkdir()
+    put(folders["user"] / "deeper", "user")
+    assert load_profile("a100").created == "user"
+    (folders["here"] / "b.yaml").write_text("schema: cca-profile/1.0\ndevice: {}\n")
+    with pytest.raises(ProfileError, match=r"b\.yaml has \d+ mistakes"):
+        load_profile("a100")
+
+
+def test_auto_is_the_gpu_at_hand(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ProfileNotFound, match="PyTorch finds no GPU here"):
+        load_profile("auto")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    put(folders["here"], "here")
+    with pytest.raises(ProfileNotFound, match=r"no profile for the GPU .auto."):
+        load_profile("auto")  # nobody asked for what lies in the current folder
+    put(folders["user"], "user")
+    assert load_profile("auto").created == "user"
+
+
+@pytest.mark.parametrize("missing", ["nowhere.yaml", Path("nowhere")])
+def test_a_path_that_is_not_there_is_said_so(missing: str | Path) -> None:
+    with pytest.raises(ProfileNotFound, match="there is no profile file nowhere"):
+        load_profile(missing)
+
+
+def test_several_folders_of_the_environment_are_looked_at_in_turn(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "second").mkdir()
+    both = os.pathsep.join(str(path) for path in (folders["environment"], tmp_path / "second", ""))
+    monkeypatch.setenv(places.ENVIRONMENT, both)
+    put(tmp_path / "second", "second")
+    assert load_profile("a100").created == "second"
+    put(folders["environment"], "first")
+    assert load_profile("a100").created == "first"
+
+
+def test_a_place_that_is_named_and_not_there_is_an_error(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(places.ENVIRONMENT, "/nowhere/at/all")
+    with pytest.raises(ProfileError, match="CCA_PROFILE_PATH names the folder /nowhere/at/all, which is not there"):
+        load_profile("a100")
+    monkeypatch.delenv(places.ENVIRONMENT)
+    for value in ("a_package.missing", "no_such_package", "../a_package", "a_package:run"):
+        point = metadata.EntryPoint("wrong", value, places.ENTRY_POINTS)
+        monkeypatch.setattr(metadata, "entry_points", lambda group, point=point: [point])
+        with pytest.raises(ProfileError, match=r"the entry point .wrong. of"):
+            load_profile("a100")
+
+
+def test_a_package_is_not_imported_to_find_its_profiles(folders: dict[str, Path]) -> None:
+    (folders["package"].parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    put(folders["package"], "package")
+    assert load_profile("a100").created == "package"
+
+
+def test_the_bundled_and_the_users_folder_are_different_places() -> None:
+    assert store.user_folder() != store.bundled_folder() and store.bundled_folder().name == "data"
