@@ -21,22 +21,22 @@ MARKS = {FORWARD: "o", BOTH: "s", UNORDERED: "D", POOLING: "^", DECODE: "v"}
 GIB = 2**30
 
 Value = Callable[[Row], float | None]
+Line = tuple[str, bool]
+"""A system, and whether its backward may add up in any order."""
 
 
 def draw(record: Record, folder: Path) -> list[Path]:
     """Write latency.png, rate.png, memory.png and roofline.png, those of them that the record has figures for."""
     folder.mkdir(parents=True, exist_ok=True)
-    long = [row for row in record.rows if row.suite in ("prefill", "growth") and row.problem["batch"] == 1]
-    held = [row for row in record.rows if row.extra_bytes]
+    rows = [row for row in record.rows if row.suite != "short" and row.problem["batch"] == 1]
+    both = {"forward": (FORWARD,), "forward and backward": (BOTH, UNORDERED)}
+    top = record.header.ceilings.tflops
     drawn = [
-        _against_context(record, long, (FORWARD, BOTH), lambda row: row.ms, "milliseconds", folder / "latency.png"),
+        _against_context(record, rows, both, lambda row: row.ms, "milliseconds", folder / "latency.png"),
+        _against_context(record, rows, both, lambda row: row.tflops, "useful TFLOP/s", folder / "rate.png", top),
         _against_context(
-            record, long, (FORWARD, BOTH), lambda row: row.tflops, "useful TFLOP/s", folder / "rate.png",
-            ceiling=record.header.ceilings.tflops,
-        ),
-        _against_context(
-            record, [row for row in held if row.problem["batch"] == 1], (BOTH, MEMORY),
-            lambda row: (row.extra_bytes or 0) / GIB, "GiB over inputs, outputs, gradients", folder / "memory.png",
+            record, rows, {"forward and backward": (MEMORY, BOTH)}, lambda row: (row.extra_bytes or 0) / GIB,
+            "GiB over inputs, outputs and gradients", folder / "memory.png",
         ),
         _roofline(record, folder / "roofline.png"),
     ]  # fmt: skip
@@ -57,40 +57,41 @@ def _figure(record: Record, panels: int, title: str) -> tuple[Any, list[Any]]:
     return figure, list(axes)
 
 
-def _lines(rows: Iterable[Row], what: str, value: Value) -> dict[str, dict[int, float]]:
+def _lines(rows: Iterable[Row], whats: tuple[str, ...], value: Value) -> dict[Line, dict[int, float]]:
     """A value for each system and context length; the first that was measured counts."""
-    found: dict[str, dict[int, float]] = {}
-    for row in matching(rows, what=what):
-        if number := value(row):
-            found.setdefault(row.system, {}).setdefault(row.ctx, number)
+    found: dict[Line, dict[int, float]] = {}
+    for row in matching(rows):
+        if row.what in whats and (number := value(row)):
+            found.setdefault((row.system, row.what == UNORDERED), {}).setdefault(row.ctx, number)
     return found
 
 
 def _against_context(
     record: Record,
     rows: list[Row],
-    whats: tuple[str, ...],
+    panels: dict[str, tuple[str, ...]],
     value: Value,
     label: str,
     path: Path,
     ceiling: float | None = None,
 ) -> Path | None:
-    shown = {what: lines for what in whats if (lines := _lines(rows, what, value))}
+    shown = {title: lines for title, whats in panels.items() if (lines := _lines(rows, whats, value))}
     if not shown:
         return None
-    figure, axes = _figure(record, len(shown), f"{label} against context length, one layer")
-    for each, (what, lines) in zip(axes, shown.items(), strict=True):
-        for system, points in lines.items():
+    figure, axes = _figure(record, len(shown), f"{label} against context length, one layer, batch 1")
+    for each, (title, lines) in zip(axes, shown.items(), strict=True):
+        for (system, unordered), points in lines.items():
             colour, mark = STYLE[system]
-            contexts = sorted(points)
-            each.plot(contexts, [points[t] for t in contexts], color=colour, marker=mark, label=TITLES[system])
-        if ceiling:
-            each.axhline(ceiling, color="black", linestyle=":", linewidth=1)
-            each.annotate("matrix product", (min(min(x) for x in lines.values()), ceiling), fontsize=8, va="bottom")
-        each.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label, title=what)
+            name = TITLES[system] + (", deterministic=False" if unordered else "")
+            style = {"color": colour, "marker": mark, "linestyle": "--" if unordered else "-", "label": name}
+            each.plot(sorted(points), [points[t] for t in sorted(points)], **style)
         contexts = sorted({t for points in lines.values() for t in points})
+        each.set(xscale="log", yscale="linear" if ceiling else "log", xlabel="tokens", ylabel=label, title=title)
         each.set_xticks(contexts, [_short(t) for t in contexts])
-        each.minorticks_off()
+        each.tick_params(axis="x", which="minor", bottom=False)
+        if ceiling:
+            each.axhline(ceiling, color="black", linestyle=":", linewidth=1, label="matrix product of PyTorch")
+            each.set_ylim(bottom=0)
         each.legend(fontsize=8)
     figure.savefig(path)
     return path

@@ -1,8 +1,8 @@
-"""The tables of a record: for a terminal, as plain lines, and in Markdown."""
+"""The tables of a record: for a terminal, as lines with tabs, and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rich import box
@@ -14,22 +14,24 @@ from .plan import DECODE, POOLING
 from .record import Record, Row
 
 MIB = 2**20
-COLUMNS = ("context", "batch", "heads", "what", "system", "ms", "× CCA", "rate", "of ceiling", "extra MiB", "note")
-TEXT_COLUMNS = ("what", "system", "note")
+COLUMNS = ("context", "batch", "system", "ms", "× CCA", "rate", "of ceiling", "extra MiB", "× needed")
+SYSTEM = COLUMNS.index("system")
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
-    """One suite as text: a line of cells, named by `COLUMNS`, for each row."""
+class Part:
+    """The rows of one table: a title, the columns that are in use, cells, and what is to be said of some rows."""
 
-    suite: str
-    cells: list[tuple[str, ...]]
+    title: str
+    columns: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+    notes: list[str]
 
 
-def lines_of(record: Record) -> list[Lines]:
-    """The cells of every suite."""
-    suites = dict.fromkeys(row.suite for row in record.rows)
-    return [Lines(s, [_cells(row, record) for row in record.rows if row.suite == s]) for s in suites]
+def parts_of(record: Record) -> list[Part]:
+    """A table for each suite, kind of work and number of heads."""
+    titles = dict.fromkeys(map(_title, record.rows))
+    return [_part(title, [row for row in record.rows if _title(row) == title], record) for title in titles]
 
 
 def heading(record: Record) -> str:
@@ -48,22 +50,38 @@ def footing(record: Record) -> Iterator[str]:
     yield f"ceilings measured in this run: {c.tflops:.0f} TFLOP/s (matrix product), {c.tbps:.2f} TB/s (copy)"
     worst = [e.worst for row in record.rows if row.status == "measured" for e in row.evidence]
     if worst:
-        yield f"held against float64 before they were timed: {len(worst)} times, at most {max(worst):.2f} of a bound"
+        yield f"checks that CCA's figures rest on: {len(worst)}, the closest used {max(worst):.2f} of its bound"
     if not record.complete:
         yield f"incomplete: {len(record.missing)} cases were not finished: {'; '.join(record.missing)}"
 
 
-def _cells(row: Row, record: Record) -> tuple[str, ...]:
-    title = TITLES[row.system] + (f", {row.keys} keys" if row.keys else "")
+def _title(row: Row) -> str:
     p = row.problem
-    heads = f"{p['q_heads']}/{p['kv_heads']} {p['core_heads']}"
-    head = (str(row.ctx), str(p["batch"]), heads, row.what, title)
-    note = row.note if row.status == "measured" else f"{row.status}: {row.note}"
-    return (*head, _ms(row), _ratio(row, record), *_rate(row, record), _memory(row), note)
+    shape = f"{p['q_heads']}/{p['kv_heads']} heads of {p['head_dim']}, {p['dtype']}"
+    what = "" if row.what == row.suite else f"{row.what}, "
+    semantics = f'g = {p["group_size"]}, w = {p["window_size"]}, core_heads="{p["core_heads"]}"'
+    return f"{row.suite}: {what}{shape}, {semantics}" + (", mean pooling" if p["pooling"] == "mean" else "")
 
 
-def _ms(row: Row) -> str:
-    return "" if row.ms is None else f"{row.ms:.4f}" if row.ms < 1 else f"{row.ms:.4g}"
+def _part(title: str, rows: list[Row], record: Record) -> Part:
+    lines = [_cells(row, record) for row in rows]
+    used = [n for n in range(len(COLUMNS)) if any(cells[n] for cells in lines)]
+    where = ((row, f"T={row.ctx} B={row.problem['batch']} {_system(row)}") for row in rows)
+    notes = [f"{place}: {row.status}: {row.note}" for row, place in where if row.note]
+    kept = [tuple(cells[n] for n in used) for cells in lines]
+    return Part(title, tuple(COLUMNS[n] for n in used), kept, notes)
+
+
+def _system(row: Row) -> str:
+    return TITLES[row.system] + (f", {row.keys} keys" if row.keys else "")
+
+
+def _cells(row: Row, record: Record) -> tuple[str, ...]:
+    ms = "" if row.ms is None else f"{row.ms:.4f}" if row.ms < 1 else f"{row.ms:.4g}"
+    head = (str(row.ctx), str(row.problem["batch"]), _system(row), ms if row.status == "measured" else row.status)
+    extra = "" if row.extra_bytes is None else f"{row.extra_bytes / MIB:.1f}"
+    needed = f"{row.extra_bytes / row.held_bytes:.2f}" if row.extra_bytes and row.held_bytes else ""
+    return (*head, _ratio(row, record), *_rate(row, record), extra, needed)
 
 
 def _ratio(row: Row, record: Record) -> str:
@@ -83,57 +101,49 @@ def _rate(row: Row, record: Record) -> tuple[str, str]:
     return ("", "") if row.tflops is None else (f"{row.tflops:.0f} TFLOP/s", f"{row.tflops / ceilings.tflops:.0%}")
 
 
-def _memory(row: Row) -> str:
-    if row.extra_bytes is None:
-        return ""
-    by_formula = f" ({row.extra_bytes / row.held_bytes:.2f} × needed)" if row.held_bytes else ""
-    return f"{row.extra_bytes / MIB:.0f}{by_formula}"
-
-
-def _used(lines: Lines) -> list[int]:
-    """The columns that are not empty; the memory suite has no times."""
-    return [n for n in range(len(COLUMNS)) if any(cells[n] for cells in lines.cells)]
-
-
 def show(record: Record, console: Console) -> None:
     """Print the tables; without a terminal, as lines with tabs between the cells."""
     console.print(heading(record), style="bold", highlight=False, soft_wrap=True)
-    for lines in lines_of(record):
-        used = _used(lines)
+    for part in parts_of(record):
         if console.is_terminal:
-            console.print(_table(lines, used))
-            continue
-        for cells in (COLUMNS, *lines.cells):
-            console.out("\t".join([lines.suite, *(cells[n] for n in used)]), highlight=False)
-    for text in footing(record):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+            _say(["", part.title], console)
+            console.print(_table(part))
+        else:
+            lines = ["", part.title, *("\t".join(cells) for cells in (part.columns, *part.lines))]
+            console.file.write("\n".join(lines) + "\n")
+        _say(part.notes, console)
+    console.print()
+    _say(footing(record), console)
 
 
-def _table(lines: Lines, used: Sequence[int]) -> Table:
-    table = Table(title=lines.suite, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for n in used:
-        left = COLUMNS[n] in TEXT_COLUMNS
-        table.add_column(COLUMNS[n], justify="left" if left else "right", overflow="fold")
-    for cells in lines.cells:
-        table.add_row(*(cells[n] for n in used), style="bold" if cells[4] == TITLES[CCA] else "")
+def _say(lines: Iterable[str], console: Console) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(part: Part) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in part.columns:
+        table.add_column(name, justify="left" if name == COLUMNS[SYSTEM] else "right", no_wrap=True)
+    for cells in part.lines:
+        table.add_row(*cells, style="bold" if cells[SYSTEM] == TITLES[CCA] else "")
     return table
 
 
 def markdown(record: Record) -> Iterator[str]:
     """The tables as Markdown, a line at a time."""
-    yield heading(record) + "."
-    for lines in lines_of(record):
-        used = _used(lines)
-        yield from ("", f"### {lines.suite}", "")
-        yield _piped(COLUMNS[n] for n in used)
-        yield _piped("---" if COLUMNS[n] in TEXT_COLUMNS else "---:" for n in used)
-        for cells in lines.cells:
-            yield _piped(
-                f"**{cells[n]}**" if cells[4] == TITLES[CCA] and COLUMNS[n] == "ms" else cells[n] for n in used
-            )
+    yield f"{heading(record)}."
+    for part in parts_of(record):
+        yield from ("", f"### {part.title}", "", _piped(part.columns))
+        yield _piped("---" if name == COLUMNS[SYSTEM] else "---:" for name in part.columns)
+        for cells in part.lines:
+            mine = cells[SYSTEM] == TITLES[CCA]
+            yield _piped(f"**{cell}**" if mine and n == SYSTEM else cell for n, cell in enumerate(cells))
+        if part.notes:
+            yield from ("", f"{'; '.join(part.notes)}.")
     yield ""
-    yield from (f"{text}." for text in footing(record))
+    yield from (f"{line}." for line in footing(record))
 
 
-def _piped(cells: Iterator[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+def _piped(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
