@@ -10,10 +10,11 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..kernels.tunable import Config
+from .card import Card
 from .journal import Journal, Key, Phase
 from .keys import Keys, config_fields
 from .measure import Timing
@@ -27,6 +28,9 @@ from .strategies import STRATEGIES, Space
 MOST_LOST = 4
 """Configs that fail one after the other, before any was timed, after which the kernel itself is suspected."""
 
+PATIENCE, COOL_DOWN_S = 4, 5.0
+"""Tries of a round while the GPU is throttled for its heat or its power supply, and the seconds between them."""
+
 PutOut = Callable[[Progress, Config, Mapping[str, Any], Phase], None]
 Prepare = Callable[[Progress, tuple[Config, ...]], None]
 
@@ -38,14 +42,15 @@ class Contest:
         prepare: compiles and verifies configs that were not yet, and enters them in the kernel's trials.
         put_out: quarantines a config for what a record of a phase says against it.
         watch: is told whenever a round has ended.
+        card: is asked for its state after each round; None where it cannot be.
     """
 
     def __init__(
         self, request: Request, journal: Journal, keys: Keys, prepare: Prepare, put_out: PutOut,
-        watch: Callable[[Progress], None],
+        watch: Callable[[Progress], None], card: Card | None = None,
     ) -> None:  # fmt: skip
         self._request, self._journal, self._keys = request, journal, keys
-        self._prepare, self._put_out, self._watch = prepare, put_out, watch
+        self._prepare, self._put_out, self._watch, self._card = prepare, put_out, watch, card
 
     def run(self, kernel: Progress, pool: Pool, until: float) -> None:
         """Time one kernel's configs until the search has seen enough, or `until` (of `time.monotonic`) has passed."""
@@ -72,7 +77,7 @@ class Contest:
         running = [config for config in dict.fromkeys((*asked, kernel.default)) if self._stands(kernel, config)]
         record = self._journal.get(self._key(kernel, number, running))
         if record is None:
-            record = {"samples_us": self._time(kernel, number, running, pool)}
+            record = self._measured(kernel, number, running, pool)
             if kernel.trouble is None:
                 # with the survivors' key: that is what the next run asks for, which knows who is out
                 survivors = [config for config in running if self._stands(kernel, config)]
@@ -83,6 +88,7 @@ class Contest:
             if samples_us is not None and self._believed(kernel, config, Timing.of(samples_us)):
                 found[config] = Timing.of(samples_us).median_us
                 kernel.samples.setdefault(config, {})[number] = samples_us
+        kernel.states.append(record["state"])
         kernel.rounds.append(found)
         kernel.timed = len(kernel.samples)
         return found
@@ -102,6 +108,17 @@ class Contest:
         if record is not None:
             self._put_out(kernel, config, record, "measure")
         return record is None
+
+    def _measured(self, kernel: Progress, number: int, running: list[Config], pool: Pool) -> dict[str, Any]:
+        """A round that the GPU does now, and its state; it is done over while the clocks are held back."""
+        for _ in range(PATIENCE):
+            samples_us = self._time(kernel, number, running, pool)
+            state = None if self._card is None else self._card.state()
+            if state is None or not state.unfit or kernel.trouble is not None:
+                break
+            time.sleep(COOL_DOWN_S)
+            running = [config for config in running if self._stands(kernel, config)]
+        return {"samples_us": samples_us, "state": None if state is None else asdict(state)}
 
     def _time(self, kernel: Progress, number: int, running: list[Config], pool: Pool) -> dict[str, list[float]]:
         """Samples of the configs, taken in an order that the seed and the round's number fix."""

@@ -13,6 +13,7 @@ from ..profiles.configs import source_hash
 from ..verify.gate import SUITE
 from .devices import Device
 from .journal import Key, Phase
+from .measure import policy_of
 
 REVISION = 3
 """Part of the key of what is read from the compiler: to be raised when the meaning of a figure changes."""
@@ -31,7 +32,7 @@ class Keys:
         where: dict[Phase, str] = {
             "sketch": f"{self.device.arch}, revision {REVISION}",
             "compile": f"{self.device.arch}, revision {REVISION}",
-            "measure": f"{self.device.name}: {self.card}",
+            "measure": f"{self.device.name}: {self.card}; {policy_of(tunable.name)}",
         }
         checked = f"{self.card or 'interpreter'}, suite {SUITE}"
         problem = str(self.problem) if phase in where else kind_of(self.problem)
@@ -43,13 +44,17 @@ class Keys:
         return Key("choice", tunable.name, "", str(self.problem), "", self.device.name, "")
 
 
-def card_here() -> str | None:
-    """The GPU of this machine by all that a kernel's behaviour on it depends on; None if there is none."""
+def card_here(driver: str | None) -> str | None:
+    """The GPU of this machine by all that a kernel's behaviour on it depends on; None if there is none.
+
+    Args:
+        driver: its version, None if nobody tells.
+    """
     if not torch.cuda.is_available():
         return None
     card = torch.cuda.get_device_properties()
     size = f"{card.multi_processor_count} SMs, {card.total_memory // 2**30} GiB"
-    return f"{card.name}, sm_{card.major}{card.minor}, {size}, torch {torch.__version__}"
+    return f"{card.name}, sm_{card.major}{card.minor}, {size}, driver {driver or 'unknown'}, torch {torch.__version__}"
 
 
 def config_fields(config: Config) -> str:

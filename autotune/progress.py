@@ -61,7 +61,8 @@ class Progress:
     `outranked` were expected to be slower than those compiled, `failed` did not compile or gave no believable time,
     `dropped` do not fit once compiled, `quarantined` did harm or were wrong when they ran, whatever the next run is.
     `checked` has the evidence for a config before it was timed, `space` what may be timed, the best by the model first,
-    `rounds` and `samples` (by round) what was. `trouble` says why nothing was chosen.
+    `rounds` and `samples` (by round) what was, `states` how the GPU was after each, `out_of_time` that the budget ended
+    it. `trouble` says why nothing was chosen.
     """
 
     tunable: Tunable
@@ -81,6 +82,7 @@ class Progress:
     space: tuple[Config, ...] = ()
     rounds: list[Round] = field(default_factory=list)
     samples: dict[Config, dict[int, list[float]]] = field(default_factory=dict)
+    states: list[dict[str, Any] | None] = field(default_factory=list)
     sketches: dict[Config, Sketch] = field(default_factory=dict)
     trials: dict[Config, Trial] = field(default_factory=dict)
     checked: dict[Config, dict[str, Any]] = field(default_factory=dict)

@@ -140,5 +140,13 @@ def ranking(
     return [choice, *(config for config in order if config != choice)]
 
 
+def speedup(rounds: Sequence[Round], default: Config, config: Config) -> tuple[float, float, float] | None:
+    """The built-in config's time over that of `config`, and its interval; None if they were never timed together."""
+    if not _meet(rounds, config, default):
+        return None
+    saved = gap(rounds, default, config)
+    return math.exp(saved.centre), math.exp(saved.least), math.exp(saved.most)
+
+
 def _meet(rounds: Sequence[Round], config: Config, other: Config) -> bool:
-    return any(config in r and other in r for r in rounds)
+    return any(r.get(config) is not None and r.get(other) is not None for r in rounds)

@@ -17,6 +17,7 @@ from typing import Any
 from ..kernels.tunable import Config
 from . import jobs, space
 from .binary import Resources
+from .card import card_at_hand
 from .compile import Sketch, aim
 from .contest import Contest
 from .journal import Journal, Phase
@@ -49,7 +50,9 @@ class Tuner:
         self._kernels = kernels
         self._watch = watch
         self._until: float | None = None
-        self._keys = Keys(request.device, request.problem, card_here())
+        self._card = card_at_hand()
+        driver = None if self._card is None else self._card.setting().driver
+        self._keys = Keys(request.device, request.problem, card_here(driver))
 
     def run(self) -> None:
         """Take every kernel from its space to a verified choice, or to the trouble that prevents one.
@@ -200,7 +203,7 @@ class Tuner:
                 self._settle(compilers, "compile", new, jobs.compile_job, self._absorb_compiled)
                 self._check(checkers, [kernel])
 
-        contest = Contest(request, self._journal, self._keys, prepare, _put_out, self._watch)
+        contest = Contest(request, self._journal, self._keys, prepare, _put_out, self._watch, self._card)
         with Pool(1, jobs.no_setup, renew=True) as timer:
             for number, kernel in enumerate(self._kernels):
                 kernel.stage = "timing"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cca_attention.autotune.card import CardState
 from cca_attention.autotune.contest import MOST_LOST, Contest
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.journal import Journal
@@ -61,7 +62,9 @@ def kernel_of(toy: Any) -> Progress:
     return kernel
 
 
-def contest(toy: Any, folder: Path, answer: Answer, until: float = math.inf, **changes: Any) -> tuple[Progress, Here]:
+def contest(
+    toy: Any, folder: Path, answer: Answer, until: float = math.inf, card: Any = None, **changes: Any
+) -> tuple[Progress, Here]:
     """One kernel after its contest, and what was asked of the pool."""
     request = Request(
         device=find_device("a100"), problem=PROBLEM, tunables=(toy.HARMFUL,), cache_folder=folder, at_hand=True, jobs=1,
@@ -70,8 +73,20 @@ def contest(toy: Any, folder: Path, answer: Answer, until: float = math.inf, **c
     kernel, pool = kernel_of(toy), Here(answer)
     with Journal(folder) as journal:
         keys = Keys(request.device, PROBLEM, "a card")
-        Contest(request, journal, keys, lambda *_: None, _put_out, lambda _: None).run(kernel, pool, until)  # type: ignore[arg-type]
+        run = Contest(request, journal, keys, lambda *_: None, _put_out, lambda _: None, card)
+        run.run(kernel, pool, until)  # type: ignore[arg-type]
     return kernel, pool
+
+
+class HotCard:
+    """A GPU that is too hot for its first rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def state(self) -> CardState:
+        self.rounds -= 1
+        return CardState(1200, 2000, 90, 650.0, ("thermal slowdown",) if self.rounds >= 0 else ("power cap",))
 
 
 def time_us(config: Any) -> float:
@@ -162,6 +177,20 @@ def test_a_time_that_cannot_be_is_not_believed(toy: Any, tmp_path: Path, bad_us:
     kernel, _ = contest(toy, tmp_path, answer)
     assert kernel.failed == {"implausible timing": 4}
     assert {trial.config.num_warps for trial in kernel.trials.values() if trial.refusal is None} == {2, 4}
+
+
+@pytest.mark.parametrize(("hot", "tries"), [(0, 1), (2, 3), (9, 4)])
+def test_a_round_that_was_throttled_is_done_over(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: int, tries: int
+) -> None:
+    monkeypatch.setattr("cca_attention.autotune.contest.COOL_DOWN_S", 0.0)
+    kernel, pool = contest(toy, tmp_path, time_us, until=0.0, card=HotCard(hot))
+    assert len(pool.asked) == 12 * tries and len(kernel.rounds) == 1
+    (state,) = kernel.states
+    assert state is not None and state["sm_mhz"] == 1200
+    assert state["throttled"] == (("thermal slowdown",) if hot == 9 else ("power cap",)), "what is kept is said"
+    recalled, nothing = contest(toy, tmp_path, time_us, until=0.0)
+    assert nothing.asked == [] and recalled.states[0] == {**state, "throttled": list(state["throttled"])}
 
 
 def test_the_previous_choice_is_kept_among_equals(toy: Any, tmp_path: Path) -> None:

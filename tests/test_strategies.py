@@ -11,7 +11,7 @@ from itertools import islice, product
 
 import pytest
 
-from cca_attention.autotune.race import BAND, MARGIN, T_99, Round, fastest, gap, race, ranking
+from cca_attention.autotune.race import BAND, MARGIN, T_99, Round, fastest, gap, race, ranking, speedup
 from cca_attention.autotune.strategies import STRATEGIES, Space
 from cca_attention.kernels.tunable import Config
 
@@ -199,6 +199,14 @@ def test_the_built_in_config_stays_unless_it_is_beaten_by_more_than_the_margin()
     noise = random.Random(1)
     loud = [{A: 100.0, B: 95 * noise.lognormvariate(0, 0.15)} for _ in range(6)]
     assert ranking(loud, A, repr)[0] == A, "five per cent are no gain where times scatter by fifteen"
+
+
+def test_the_speed_up_has_its_interval() -> None:
+    found = speedup(rounds_of(0.8, 0.003, 12, 4), B, A)
+    assert found is not None
+    ratio, least, most = found
+    assert least < 1 / 0.8 < most and ratio == pytest.approx(1.25, rel=0.01)
+    assert speedup([{A: 1.0, B: None}], B, A) is None
 
 
 def test_equals_are_chosen_among_by_preference_and_the_previous_choice_is_kept() -> None:
