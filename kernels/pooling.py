@@ -162,10 +162,14 @@ SPACE = {
 
 
 def default_config(problem: Problem, arch: str) -> PoolingConfig:
-    """A config that runs `problem` on every supported GPU: tiles of at most 8192 elements."""
+    """A config that runs `problem` on every supported GPU: tiles of at most 8 groups and 8192 elements.
+
+    More groups of a tile, or rows that cannot be read 16 bytes at a time, need more registers than there are.
+    """
     block_t = min(16, triton.next_power_of_2(problem.group_size))
     elements = padded_dim(problem.head_dim) * block_t * (2 if problem.element_bytes > 2 else 1)
-    return PoolingConfig(block_c=max(1, 8192 // elements), block_t=block_t, num_warps=2, num_stages=1)
+    most = min(8, 8192 // elements) // (1 if problem.head_dim % 16 == 0 else 4)
+    return PoolingConfig(block_c=max(1, most), block_t=block_t, num_warps=2, num_stages=1)
 
 
 def pooling_grid(q: Tensor, k_core: Tensor, sequences: Sequences, spec: CCASpec, block_c: int) -> tuple[int, int, int]:

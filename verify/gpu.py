@@ -133,7 +133,7 @@ def sanitizer(unit: Unit) -> Result:
     if shutil.which(TOOL) is None:
         return unit.blank(status="not-run", message=NO_TOOL, facts={"missing": TOOL})
     with FileLock(Path(tempfile.gettempdir()) / "cca-verify-sanitizer.lock"):
-        # compiling takes minutes under a tool, and is done once for all of them without one; what fails fails again below
+        # compiling takes minutes under a tool: it is done once, without one; what fails here fails again below
         subprocess.run([sys.executable, "-c", TARGET], capture_output=True, check=False, timeout=COMPILE_S)
     child = subprocess.run(sanitizer_command(tool), capture_output=True, text=True, timeout=unit.limit_s - 10)
     said = child.stdout + child.stderr
