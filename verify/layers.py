@@ -38,6 +38,11 @@ BUDGETS_S = {"L0": 30.0, "L1": 180.0, "L2": 1200.0, "L3": 900.0, "L4": 300.0, "L
 REPEATS = 250
 EXAMPLES = {"L2": 12, "L4": 20, "L6": 3}
 """Random examples of each property."""
+WALKS: dict[str, tuple[Place, Mode, int, int]] = {
+    "eager": ("host", "eager", 80, 20),
+    "triton": ("interpreter", "interpreter", 40, 14),
+}
+"""How often the cache's state machine walks on each backend, and the most steps of a walk."""
 KERNELS_ONLY = ("schedule_is_used", "layout_changes_no_bit", "head_permutation", "shared_keys_are_repeated_keys")
 """Checks of bits that the kernels promise and the eager path does not: PyTorch's matrix products depend on the layout
 and on the size of the whole batch."""
@@ -101,6 +106,16 @@ def _l3(extent: Extent) -> Iterator[Unit]:
 
 
 def _l4(extent: Extent) -> Iterator[Unit]:
+    for backend, (place, mode, walks, steps) in WALKS.items():
+        examples = extent.examples or walks
+        yield Unit(
+            id=f"L4/walks/{backend}", layer="L4", check="cache_machine", runner="walks", place=place, mode=mode,
+            properties=("P27", "P28"), direction="decode", dtype="float32", estimate_s=0.6 * examples,
+            arguments={
+                "backend": backend, "examples": examples, "steps": steps, "seed": extent.seed or None,
+                "covers": examples >= walks,
+            },
+        )  # fmt: skip
     for check in checks().values():
         if check.direction == "decode":
             yield _drawn_unit("L4", check, extent, EXAMPLES["L4"])

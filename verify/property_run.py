@@ -125,7 +125,7 @@ def run_property(
     except Exception as error:  # hypothesis raises what the least failing example raised
         if run.failed is None:
             raise
-        failures = (Failure(*run.failed, _blob(error)),)
+        failures = (Failure(*run.failed, blob_of(error)),)
     return PropertyResult(
         check_name, seed, run.count, run.worst, run.worst_case, failures, dict(run.classes), time.monotonic() - began
     )
@@ -187,7 +187,7 @@ class _Run:
             hypothesis.target(worst.budget_use, label="budget use")
 
 
-def _blob(error: BaseException) -> str:
+def blob_of(error: BaseException) -> str:
     """How to have hypothesis run the failing example again; empty if it does not say."""
     notes = "\n".join([*getattr(error, "__notes__", []), str(error)])
     found = re.search(r"@reproduce_failure\([^)]*\)", notes)

@@ -16,6 +16,7 @@ from ..kernels.tunable import Config, Schedule, Tunable
 from ..problem import Problem
 from ..profiles.configs import as_config, tunables
 from . import canary, gate, ratchet, shadow
+from .cache_model import REQUIRED as MUST_HAVE_DONE
 from .cases import Case
 from .foundations import FOUNDATIONS
 from .gate_cases import Trial
@@ -82,6 +83,29 @@ def drawn(unit: Unit) -> Result:
         message = f"compared nothing in {found.classes.get(EMPTY, 0)} of {found.examples} examples"
         return unit.blank(status="fail", cases=found.examples, facts=facts, message=message)
     result = describe(unit, found.worst_case, found.worst, found.examples, found.examples)
+    return replace(result, facts=facts, seed=found.seed)
+
+
+@runner
+def walks(unit: Unit) -> Result:
+    """The cache's state machine; arguments: `backend`, `examples`, `steps`, `seed`, None as in `drawn`, `covers`."""
+    try:
+        from .cache_machine import walk
+    except ImportError:
+        return failed(unit, "environment", NO_HYPOTHESIS)
+    given = dict(unit.arguments)
+    covers = given.pop("covers")
+    found = walk(**given)
+    tally = found.tally
+    facts: dict[str, Any] = {"classes": {f"cache: {name}": count for name, count in tally.classes.items()}}
+    if covers:
+        facts["required_classes"] = [f"cache: {name}" for name in MUST_HAVE_DONE]
+    if found.wrong or tally.worst is None:
+        return unit.blank(
+            status="fail", cases=tally.walks, comparisons=tally.comparisons, message=found.wrong or "compared nothing",
+            facts={**facts, "steps": found.steps}, seed=found.seed, blob=found.blob,
+        )  # fmt: skip
+    result = describe(unit, None, tally.worst, tally.walks, tally.comparisons)
     return replace(result, facts=facts, seed=found.seed)
 
 
