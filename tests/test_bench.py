@@ -26,7 +26,7 @@ from cca_attention.profiles.configs import tunables
 
 TINY = Problem(batch=1, q_heads=2, kv_heads=1, seq_len=21, head_dim=16, group_size=4, window_size=6, dtype="float16")
 HEADER = Header(
-    device="no card", versions={"torch": "0"}, commit="", date="2026-01-01T00:00:00", command="cca-bench", state={},
+    device="no card", versions={"torch": "0"}, commit="", date="2026-01-01T00:00:00", command="cca-bench", card={},
     ceilings=Ceilings(tflops=100.0, tbps=1.0),
 )  # fmt: skip
 

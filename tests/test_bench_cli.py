@@ -63,7 +63,7 @@ def record() -> Record:
     return Record(
         header=Header(
             device="NVIDIA H200", versions={"torch": "2.11.0", "driver": "580"}, commit="", date="2026-11-22T20:00:00",
-            command="cca-bench all", state={}, ceilings=Ceilings(tflops=700.0, tbps=4.3),
+            command="cca-bench all", card={}, ceilings=Ceilings(tflops=700.0, tbps=4.3),
         ),
         rows=tuple(rows), complete=False, missing=("short T=8192",),
     )  # fmt: skip

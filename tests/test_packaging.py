@@ -181,7 +181,7 @@ ARROWS: dict[str, set[str]] = {
     "ci": FRONT | {"__init__", "verify", "autotune"},
     "bench": FRONT | {"__init__", "verify", "autotune"},
     "terminal": set(),
-    "cli_bench": FRONT | {"bench", "terminal"},
+    "cli_bench": FRONT | {"bench", "autotune", "terminal"},
     **dict.fromkeys(
         ("cli", "cli_verify", "cli_profile", "pytest_plugin"),
         FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},

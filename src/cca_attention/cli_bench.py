@@ -226,6 +226,7 @@ def _measured(
     import torch
 
     from .attention import register_profile
+    from .autotune.card import card_at_hand
     from .bench.admission import Gate
     from .bench.lab import Lab
     from .bench.record import write
@@ -240,7 +241,8 @@ def _measured(
     if not torch.cuda.is_available():
         raise Refused("measuring needs an NVIDIA GPU, and there is none here", NO_DEVICE)
     words.print("measuring the ceilings of this GPU", highlight=False)
-    where = header(shlex.join(["cca-bench", *sys.argv[1:]]), getattr(torch, cases[0].problem.dtype))
+    card, dtype = card_at_hand(), getattr(torch, cases[0].problem.dtype)
+    where = header(shlex.join(["cca-bench", *sys.argv[1:]]), dtype, card)
     with words.status("") as status:
 
         def say(line: str) -> None:
@@ -248,7 +250,7 @@ def _measured(
             if not words.is_terminal:
                 words.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        lab = Lab(GpuMeter(), Gate(), torch.device("cuda"), handle, 1e3 * limit_s, say)
+        lab = Lab(GpuMeter(), Gate(), torch.device("cuda"), handle, 1e3 * limit_s, say, card)
         keep = (lambda record: None) if json_path is None else partial(write, json_path)
         return Session(where, cases, lab, keep).run()
 

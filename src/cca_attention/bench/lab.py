@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from ..autotune.card import Card
 from ..fused import Configs, architecture
 from ..problem import Problem
 from .admission import Gate, Launched, kernels_of
@@ -35,7 +36,7 @@ class Lab:
     """Where things are measured.
 
     `profile` is a handle of `register_profile`, `limit_ms` the longest call of a peer that is waited for, `say` is told
-    what comes next, `rows` are those of the run so far.
+    what comes next, `card` is asked for its clocks, `rows` are those of the run so far.
     """
 
     meter: Meter
@@ -44,6 +45,7 @@ class Lab:
     profile: str
     limit_ms: float
     say: Callable[[str], None]
+    card: Card | None = None
     rows: list[Row] = field(default_factory=list)
 
     def row(self, case: Case, what: str, system: str, measure: Callable[[], Figures], keys: int | None = None) -> Row:
@@ -77,9 +79,9 @@ class Lab:
                 torch.cuda.empty_cache()
         if note := figures.pop("not_offered", ""):
             return Row(**facts, status="not offered", note=note)
-        rates: Figures = {}
+        rates: Figures = {} if self.card is None else {"card": asdict(self.card.state())}
         if figures.get("ms") is not None:
-            rates = {"tflops": work["flops"] / figures["ms"] / 1e9, "tbps": work["bytes"] / figures["ms"] / 1e9}
+            rates |= {"tflops": work["flops"] / figures["ms"] / 1e9, "tbps": work["bytes"] / figures["ms"] / 1e9}
         return Row(**facts, status="measured", **{**work, **rates, **figures})
 
     def _too_slow(self, system: str, what: str, operations: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..problem import Problem
+from ..verify.record import write as write_text
 
 Status = Literal["measured", "wrong", "failed", "refused", "out of memory", "skipped", "not offered"]
 
@@ -37,8 +36,8 @@ class Row(_Part):
 
     `ms` is the median of one call. `flops` and `bytes` are those of useful work (`bench.work`), `tflops`, `tbps` their
     rates. `extra_bytes` is the peak of allocated memory over inputs, outputs and gradients; `held_bytes` what CCA needs
-    of it by formula. `keys` is the number of keys of a decode step. Only a row that is "measured" has figures, and one
-    of CCA only with its `evidence`.
+    of it by formula. `keys` is the number of keys of a decode step, `card` how the GPU was right after: clocks, power,
+    what held them back. Only a row that is "measured" has figures, and one of CCA only with its `evidence`.
     """
 
     suite: str
@@ -54,6 +53,7 @@ class Row(_Part):
     tbps: float | None = None
     extra_bytes: int | None = None
     held_bytes: int | None = None
+    card: dict[str, Any] = {}
     note: str = ""
     evidence: tuple[Evidence, ...] = ()
 
@@ -77,14 +77,14 @@ class Ceilings(_Part):
 
 
 class Header(_Part):
-    """Card, versions, clocks, time and command of a run."""
+    """Where, with what, when and by which command; `card` has the limits and modes of the GPU, and its state at first."""
 
     device: str
     versions: dict[str, str]
     commit: str
     date: str
     command: str
-    state: dict[str, str]
+    card: dict[str, Any]
     ceilings: Ceilings
 
 
@@ -115,9 +115,7 @@ def matching(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 def write(path: Path, record: Record) -> None:
     """Write the file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        file.write(record.model_dump_json(indent=1) + "\n")
-    os.replace(file.name, path)
+    write_text(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read(path: Path) -> Record:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from ..autotune.card import Card
 from ..autotune.devices import find_device
 from ..verify.provenance import commit, versions
 from .attention import attention_rows
@@ -19,10 +18,8 @@ from .record import Ceilings, Header, Record
 from .steps import decode_rows
 from .timing import measured_ceilings
 
-STATE = "clocks.max.sm,clocks.sm,clocks.mem,power.limit,temperature.gpu,ecc.mode.current"
 
-
-def header(command: str, dtype: torch.dtype) -> Header:
+def header(command: str, dtype: torch.dtype, card: Card | None) -> Header:
     """Where the figures come from; measures the ceilings of the GPU at hand."""
     name = torch.cuda.get_device_name()
     try:
@@ -40,19 +37,9 @@ def header(command: str, dtype: torch.dtype) -> Header:
         commit=commit(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
-        state=gpu_state(),
+        card={} if card is None else {**asdict(card.setting()), **asdict(card.state())},
         ceilings=Ceilings(tflops=tflops, tbps=tbps, **stated),
     )
-
-
-def gpu_state() -> dict[str, str]:
-    """Clocks, power limit and temperature as nvidia-smi says them; nothing where it is not there."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", f"--query-gpu={STATE}", "--format=csv,noheader"]
-    child = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    values = child.stdout.partition("\n")[0].split(",") if child.returncode == 0 else []
-    return {name: value.strip() for name, value in zip(STATE.split(","), values, strict=False)}
 
 
 @dataclass
