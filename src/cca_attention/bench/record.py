@@ -77,7 +77,7 @@ class Ceilings(_Part):
 
 
 class Header(_Part):
-    """Where, with what, when and by which command; `card` has the limits and modes of the GPU, and its state at first."""
+    """Where, with what, when and by which command; `card` has the GPU's limits and modes, and its state at first."""
 
     device: str
     versions: dict[str, str]
