@@ -182,6 +182,30 @@ def test_a_goal_is_reached_at_its_very_number(record: Record) -> None:
         assert next(line for line in lines if "18.5" in line).endswith(f"| {reached} |")
 
 
+def test_the_break_even_is_where_it_stays_faster(record: Record) -> None:
+    def timed(r: Row) -> Row:
+        """cuDNN is faster up to 1024 tokens."""
+        slow = r.system == "cca" and r.ctx <= 1024 and r.ms is not None
+        return r.model_copy(update={"ms": 100.0}) if slow else r
+
+    (goal,) = (goal for goal in goals.GOALS if "break-even" in goal.reach)
+    found = goal.look(record.model_copy(update={"rows": tuple(map(timed, record.rows))}))
+    assert found == (1.0, "faster from T=2048 on")
+
+
+@pytest.mark.parametrize(
+    ("complete", "status", "code"),
+    [(True, "measured", 0), (True, "wrong", 1), (True, "failed", 1), (False, "failed", 130)],
+)
+def test_the_exit_code_says_what_came_of_it(
+    complete: bool, status: str, code: int, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (record.rows[0].model_copy(update={"status": status}),)
+    found = record.model_copy(update={"complete": complete, "rows": rows})
+    monkeypatch.setattr(cli_bench, "_measured", lambda *_: found)
+    assert bench("prefill", "--peers", "none") == code
+
+
 def test_pictures_are_drawn_without_a_gpu(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
     write(Path("r.json"), record)

@@ -64,13 +64,19 @@ def _memory(most: float) -> Callable[[Record], Found | None]:
     return look
 
 
-def _rising(record: Record) -> Found | None:
-    """Forward against cuDNN at every length at which both were measured."""
+def _against_cudnn(record: Record, suites: tuple[str, ...]) -> dict[int, float]:
+    """How many times as long cuDNN's dense forward takes, at every length of batch 1 at which both were measured."""
     ratios = {}
     for row in matching(record.rows, what=FORWARD, system=CCA, batch=1):
         other = next((r for r in matching(record.rows, what=FORWARD, system="cudnn") if r.same_case(row)), None)
-        if row.suite in ("prefill", "growth") and other is not None and row.ms and other.ms:
+        if row.suite in suites and other is not None and row.ms and other.ms:
             ratios[row.ctx] = other.ms / row.ms
+    return ratios
+
+
+def _rising(record: Record) -> Found | None:
+    """The least factor by which the ratio grows from one length to the next."""
+    ratios = _against_cudnn(record, ("prefill", "growth"))
     if len(ratios) < 2:
         return None
     ordered = [ratios[ctx] for ctx in sorted(ratios)]
@@ -90,6 +96,16 @@ def _short(peer: str, factor: float, *, within: bool) -> Callable[[Record], Foun
         return (factor / max(ratios), f"{max(ratios):.2f} of its time, {ratios[max(ratios)]}") if ratios else None
 
     return look
+
+
+def _break_even(record: Record) -> Found | None:
+    """The shortest context of batch 1 from which on every forward is faster than cuDNN's dense one."""
+    ratios = _against_cudnn(record, ("short", "prefill", "growth"))
+    if not ratios:
+        return None
+    slower = [ctx for ctx, ratio in ratios.items() if ratio < 1]
+    faster = [ctx for ctx in sorted(ratios) if not slower or ctx > max(slower)]
+    return 1.0, f"faster from T={faster[0]} on" if faster else f"slower up to T={max(ratios)}"
 
 
 KV = {"core_heads": "kv", "kv_heads": 8}
@@ -119,6 +135,7 @@ GOALS = (
     Goal("growth, forward against cuDNN dense", "rising with T", _rising),
     Goal("T <= w, every batch", "at most 1.1 of SDPA flash", _short("flash", 1.1, within=True)),
     Goal("w < T <= 8192, every batch", "at most FlexAttention's time", _short(FLEX, 1.0, within=False)),
+    Goal("forward against cuDNN dense, batch 1", "break-even stated", _break_even),
 )  # fmt: skip
 
 
