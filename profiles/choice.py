@@ -73,8 +73,8 @@ def choose(
     else:
         reasons += [] if isinstance(found, Resolution) else found
         resolution = built_in(kernel, problem, arch, *reasons)
-    if mode == "strict" and (complaint := _strict_complaint(resolution)):
-        raise ProfileMismatch(f"mode 'strict', {profile.source}: {kernel} on {problem}: {complaint}")
+    if mode == "strict":
+        check_strictly(resolution, problem)
     return resolution
 
 
@@ -168,9 +168,12 @@ def _at_its_level(
     return Resolution(entry.kernel, config, level, profile.source, (*notes, *passed_over), distance, entry)
 
 
-def _strict_complaint(resolution: Resolution) -> str | None:
+def check_strictly(resolution: Resolution, problem: Problem) -> None:
+    """Raise `ProfileMismatch` for what the mode "strict" does not accept."""
     if resolution.level not in STRICT_LEVELS:
-        return f"its level is {resolution.level!r}: {'; '.join(resolution.reasons)}"
-    if resolution.entry is None or resolution.entry.verification is None:
-        return "its entry has no verification"
-    return None
+        complaint = f"its level is {resolution.level!r}: {'; '.join(resolution.reasons)}"
+    elif resolution.entry is None or resolution.entry.verification is None:
+        complaint = "its entry has no verification"
+    else:
+        return
+    raise ProfileMismatch(f"mode 'strict', {resolution.source}: {resolution.kernel} on {problem}: {complaint}")

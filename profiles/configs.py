@@ -28,23 +28,33 @@ def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
     return {name: tunable for name, tunable in Tunable.REGISTRY.items() if not tunable.archs or arch in tunable.archs}
 
 
+def known_kernel(kernel: str) -> Tunable:
+    """The tunable called `kernel`. Raises ValueError, with the names that there are, for another."""
+    if kernel not in Tunable.REGISTRY:
+        tunables()
+    known = Tunable.REGISTRY
+    if kernel not in known:
+        raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(sorted(known))}")
+    return known[kernel]
+
+
 def as_config(kernel: str, values: Mapping[str, int]) -> Config:
     """The config of `kernel` with these fields.
 
     Raises:
         ValueError: for a kernel that there is not, or fields that are not exactly those of its config.
     """
-    if kernel not in Tunable.REGISTRY:
-        tunables()
-    known = Tunable.REGISTRY
-    if kernel not in known:
-        raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(sorted(known))}")
-    config = known[kernel].config
+    config = known_kernel(kernel).config
     expected = set(inspect.signature(config).parameters)
     if expected != set(values):
         wrong = ", ".join(sorted(expected ^ set(values)))
         raise ValueError(f"a config of {kernel} has the fields {', '.join(sorted(expected))}; wrong here: {wrong}")
     return config(**values)
+
+
+@cache
+def _content(path: Path) -> bytes:
+    return path.read_bytes()
 
 
 @cache
@@ -54,9 +64,9 @@ def source_hash(kernel: str) -> str:
     That is primitives.py, and for the kernels of one architecture the files beside theirs that they import from.
     """
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
-    text = source.read_text()
+    text = _content(source).decode()
     beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys", "queries") if f"from .{name} " in text]
     digest = hashlib.sha256()
     for path in (source, Path(primitives.__file__), *beside):
-        digest.update(path.read_bytes())
+        digest.update(_content(path))
     return digest.hexdigest()

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .choice import Mode
+from .identity import DeviceIdentity, SemanticBlock
 from .schema import SCHEMA, Contradictions, Location, Profile, ProfileWarning
 
 MAX_BYTES = 4 * 2**20
@@ -142,6 +143,30 @@ class _Builder:
         if key is None:
             self.mistakes.append((line, "a key that is no text"))
         return line, key
+
+
+class _Header(BaseModel):
+    """The blocks of a profile that say what it is for."""
+
+    device: DeviceIdentity
+    semantic: SemanticBlock
+
+
+def read_header(path: Path, arch: str) -> tuple[DeviceIdentity, SemanticBlock] | None:
+    """The GPU and the semantics that a profile is for, without reading its entries; None if it is not for `arch`.
+
+    Raises:
+        ProfileError: for a file that is no profile.
+    """
+    head = path.read_bytes()[:MAX_BYTES].partition(b"\nentries:")[0]
+    if arch.encode() not in head:
+        return None
+    try:
+        header = _Header.model_validate(_Builder(head.decode()).document())
+    except (UnicodeDecodeError, _Stop, yaml.YAMLError, ValidationError):
+        profile = read_profile(path)  # says what is wrong, unless the blocks are in another order
+        return profile.device, profile.semantic
+    return header.device, header.semantic
 
 
 def _height(value: Any) -> int:

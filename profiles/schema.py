@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
 
@@ -35,6 +33,7 @@ from .evidence import (
 )
 from .identity import DeviceIdentity, HeadLayout, KernelSource, SemanticBlock, Semantics, Software
 from .live import live_device
+from .memory import Memory, ProfileWarning, tune_command
 
 __all__ = [
     "SCHEMA", "Baseline", "Contradictions", "Determinism", "DeviceIdentity", "Entry", "Evidence", "HeadLayout",
@@ -44,15 +43,8 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA = "cca-profile/1.0"
-REMEMBERED = 4096
-"""Problems whose configs a profile remembers; after so many it forgets them all."""
-
 Evidence = Literal["measured", "transferred", "modelled", "default"]
 Location = tuple[int | str, ...]
-
-
-class ProfileWarning(UserWarning):
-    """A kernel runs with its built-in config although a profile was given, or a profile was passed over."""
 
 
 class Contradictions(ValueError):
@@ -151,8 +143,6 @@ class Profile(Part):
     entries: tuple[Entry, ...]
     _source: str = PrivateAttr(default="a profile that is in no file")
     _mode: Mode = PrivateAttr(default="checked")
-    _resolutions: dict[Any, Mapping[str, Resolution]] = PrivateAttr(default_factory=dict)
-    _schedules: dict[Any, Schedule] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _entries_belong(self) -> Profile:
@@ -206,19 +196,23 @@ class Profile(Part):
         HANDLES[new.handle] = new
         return new
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What has been looked up."""
+        name = self.device.name
+        return Memory(self._resolve, f"the profile of {name}", None if self._mode == "off" else name)
+
+    def _resolve(self, problem: Problem, device: torch.device | None) -> dict[str, Resolution]:
+        live = live_device(device)
+        return {kernel: choose(self, kernel, problem, live, self._mode) for kernel in self.kernels}
+
     def resolutions(self, problem: Problem, device: torch.device | None = None) -> Mapping[str, Resolution]:
         """What each kernel of the profile is launched with for `problem` on `device` (None: on the profile's own GPU).
 
         Raises:
             ProfileMismatch: as `choose` does.
         """
-        key = (problem, device)
-        if key not in self._resolutions:
-            if len(self._resolutions) >= REMEMBERED:
-                self._resolutions.clear()
-            live = live_device(device)
-            self._resolutions[key] = {name: choose(self, name, problem, live, self._mode) for name in self.kernels}
-        return self._resolutions[key]
+        return self.memory.resolutions(problem, device)
 
     def schedule(self, problem: Problem, device: torch.device | None = None) -> Schedule:
         """The config of each kernel that has a usable entry for `problem` on `device` (None: the profile's own GPU).
@@ -228,34 +222,4 @@ class Profile(Part):
         Raises:
             ProfileMismatch: as `choose` does.
         """
-        key = (problem, device)
-        found = self._schedules.get(key)
-        if found is None:
-            if len(self._schedules) >= REMEMBERED:
-                self._schedules.clear()
-            found = self._schedules[key] = self._make_schedule(problem, device)
-        return found
-
-    def _make_schedule(self, problem: Problem, device: torch.device | None) -> Schedule:
-        resolutions = self.resolutions(problem, device).values()
-        unserved = [f"{r.kernel} ({'; '.join(r.reasons)})" for r in resolutions if r.entry is None]
-        if unserved and self._mode != "off":
-            text = f"the profile of {self.device.name} does not serve {', '.join(unserved)}: built-in configs are used"
-            warnings.warn(
-                f"{text}; to tune them: {tune_command(self.device.name, problem)}", ProfileWarning, stacklevel=4
-            )
-        return Schedule({r.kernel: r.config for r in resolutions if r.entry is not None})
-
-
-def tune_command(device: str, problem: Problem | None = None) -> str:
-    """The command line that tunes for `device`, and for `problem` if one is given."""
-    words = f"cca-tune --gpu {device}"
-    if problem is None:
-        return f"{words} --ctx 131072"
-    p = asdict(problem)
-    options = {
-        "ctx": "seq_len", "batch": "batch", "heads": "q_heads", "kv-heads": "kv_heads", "head-dim": "head_dim",
-        "group-size": "group_size", "window-size": "window_size", "core-heads": "core_heads", "pooling": "pooling",
-        "dtype": "dtype",
-    }  # fmt: skip
-    return " ".join([words, *(f"--{option} {p[field]}" for option, field in options.items())])
+        return self.memory.schedule(problem, device)

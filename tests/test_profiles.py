@@ -232,7 +232,7 @@ def test_every_kernel_of_the_package_is_known_by_name() -> None:
 def test_the_command_that_would_tune_is_complete() -> None:
     assert tune_command("h200", PROBLEM) == (
         "cca-tune --gpu h200 --ctx 131072 --batch 1 --heads 32 --kv-heads 8 --head-dim 128 --group-size 16 "
-        "--window-size 1024 --core-heads query --pooling last_query --dtype bfloat16"
+        "--window-size 1024 --core-heads query --pooling last_query --dtype bf16"
     )
 
 

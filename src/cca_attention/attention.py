@@ -24,7 +24,7 @@ def register_profile(profile: str | Profile | Schedule | None) -> str:
     """The handle under which the ops find `profile`: None, a name or path, a Profile or a Schedule.
 
     A name or path is loaded once per process; inside of what ``torch.compile`` traces, when the op first runs.
-    Raises what `load_profile` raises.
+    Raises what `load_profile` raises; "auto" takes what it finds.
     """
     if profile is None:
         return ""
@@ -37,9 +37,9 @@ def register_profile(profile: str | Profile | Schedule | None) -> str:
 
 def _registered(handle: str) -> Any:
     if handle not in HANDLES:
-        from .profiles.store import load_profile
+        from .profiles.resolve import profile_for
 
-        HANDLES[handle] = load_profile(handle)
+        HANDLES[handle] = profile_for(handle)
     return HANDLES[handle]
 
 
@@ -50,7 +50,7 @@ def configs_for(handle: str, q: Tensor, k: Tensor, spec: CCASpec) -> fused.Confi
     arch = fused.architecture(q.device)
     if isinstance(profile, Schedule):
         return fused.Configs(profile, problem, arch, forced=True)
-    return fused.Configs(profile.schedule(problem), problem, arch)
+    return fused.Configs(profile.schedule(problem, q.device), problem, arch)
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
@@ -207,8 +207,8 @@ def cca_attention(
         cu_seqlens: (documents + 1,) int32, from 0 to T: packed documents in a batch of one; nothing crosses them.
         seq_bounds: (B, 2) int32: first and one past the last real token of each row of a padded batch. Groups and
             positions start at the first real token; padding rows are zero (lse -inf) and get zero gradient.
-        profile: where the launch configs come from: a name or path that `load_profile` takes, a Profile, a
-            Schedule, or None for the built-in ones. Never changes what is computed.
+        profile: where the launch configs come from: a name or path that `load_profile` takes, a Profile, a Schedule,
+            "auto" for the best that there is for this GPU, None for the built-in ones. Never changes what is computed.
         backend: "triton", "eager" (blocked PyTorch), or "auto": triton on CUDA and under the interpreter, else eager.
         deterministic: True promises the same bits from run to run; at present both values run the same kernels.
         return_lse: also return the log-sum-exp of each query's logits.

@@ -1,0 +1,142 @@
+"""From what callers give as `profile=` to configs: `resolve` says which config a kernel gets, from where and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..kernels.tunable import HANDLES, Schedule
+from ..problem import Problem
+from .choice import LEVELS, Mode, Resolution, built_in, check_strictly, choose
+from .configs import known_kernel, tunables
+from .identity import Semantics
+from .live import LiveDevice, live_device
+from .memory import Memory, ProfileWarning
+from .places import places
+from .reading import ProfileError, read_header, read_profile
+from .schema import Profile
+from .store import load_profile, profile_files
+
+
+class AutoProfile:
+    """What ``profile="auto"`` stands for: of all the profiles there are, the best for the GPU and model of a call.
+
+    Those for the very GPU come before those for the same silicon under another name, and these before those for the
+    same architecture; among equals the order of places decides. A kernel that the first has no usable entry for is
+    looked up in the next. Files are looked for once; a damaged one is passed over with a `ProfileWarning`. On a CPU
+    there is nothing to look for.
+    """
+
+    handle = "auto"
+
+    def __init__(self) -> None:
+        self._profiles: dict[Path, Profile | None] = {}
+        self._memories: dict[torch.device | None, Memory] = {}
+
+    def resolutions(self, problem: Problem, device: torch.device | None = None) -> Mapping[str, Resolution]:
+        """What each kernel is launched with for `problem` on `device`."""
+        return self._memory(device).resolutions(problem, device)
+
+    def schedule(self, problem: Problem, device: torch.device | None = None) -> Schedule:
+        """The configs that a profile has for `problem` on `device`; empty if there is none."""
+        return self._memory(device).schedule(problem, device)
+
+    def _memory(self, device: torch.device | None) -> Memory:
+        if device not in self._memories:
+            live = live_device(device)
+            whose, gpu = ("no GPU", None) if live is None else (f"no profile for {live.name}", live.name)
+            self._memories[device] = Memory(self._resolve, whose, gpu)
+        return self._memories[device]
+
+    def _resolve(self, problem: Problem, device: torch.device | None) -> dict[str, Resolution]:
+        live = live_device(device)
+        arch = "cpu" if live is None else live.arch
+        missing = () if live is None else ("no profile for this GPU and model",)
+        found = {kernel: built_in(kernel, problem, arch, *missing) for kernel in tunables(arch)}
+        for profile in () if live is None else self._for(live, Semantics.of(problem)):
+            open_kernels = [name for name in profile.kernels if name not in found or found[name].entry is None]
+            found |= {name: choose(profile, name, problem, live) for name in open_kernels}
+            if all(resolution.entry is not None for resolution in found.values()):
+                break
+        return found
+
+    def _for(self, live: LiveDevice, semantics: Semantics) -> Iterator[Profile]:
+        """The profiles for this GPU and semantics, the best first; each is read when it is needed."""
+        ranked = []
+        for path in self._paths:
+            try:
+                header = read_header(path, live.arch)
+            except (ProfileError, OSError) as error:
+                self._pass_over(path, error)
+                continue
+            likeness = None if header is None else live.likeness(header[0])
+            if header is not None and likeness is not None and header[1].meaning == semantics:
+                ranked.append((LEVELS.index(likeness), path))
+        for _, path in sorted(ranked, key=lambda pair: pair[0]):
+            profile = self._read(path)
+            if profile is not None:
+                yield profile
+
+    @cached_property
+    def _paths(self) -> list[Path]:
+        return [path for _, path in profile_files(places())]
+
+    def _read(self, path: Path) -> Profile | None:
+        if path not in self._profiles:
+            try:
+                self._profiles[path] = read_profile(path)
+            except ProfileError as error:
+                self._pass_over(path, error)
+        return self._profiles[path]
+
+    def _pass_over(self, path: Path, error: Exception) -> None:
+        if path not in self._profiles:
+            warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=8)
+        self._profiles[path] = None
+
+
+def profile_for(name: str | Path) -> AutoProfile | Profile:
+    """What stands behind a `profile=` of that name: `load_profile`'s answer, but "auto" takes what it finds."""
+    return AutoProfile() if name == "auto" else load_profile(name)
+
+
+def resolve(
+    kernel: str,
+    problem: Problem,
+    profile: str | Profile = "auto",
+    device: torch.device | None = None,
+    mode: Mode = "checked",
+) -> Resolution:
+    """What `kernel` is launched with for `problem` on `device`, at what level, from which file and why.
+
+    Args:
+        profile: as of `cca_attention`. device: None asks for the profile's own GPU, wherever it is.
+        mode: "strict" raises for what was not measured and verified on this very silicon; "off" gives the built-in
+            config. A `Profile` that was loaded with a stricter mode keeps it.
+
+    Raises:
+        ValueError: for a kernel that there is not.
+        ProfileMismatch: if the profile is for another group size, window size, core heads or pooling.
+        ProfileError: if there is no such profile, or it is damaged.
+    """
+    known_kernel(kernel)
+    if mode == "off":
+        live = live_device(device)
+        return built_in(kernel, problem, "cpu" if live is None else live.arch, "the mode is off")
+    if isinstance(profile, str):
+        if profile not in HANDLES:
+            HANDLES[profile] = profile_for(profile)
+        held: Profile | AutoProfile = HANDLES[profile]
+    else:
+        held = profile
+    found = held.resolutions(problem, device).get(kernel)
+    if found is None:
+        live = live_device(device)
+        found = built_in(kernel, problem, "cpu" if live is None else live.arch, "the profile does not have it")
+    if mode == "strict":
+        check_strictly(found, problem)
+    return found
