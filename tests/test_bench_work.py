@@ -16,6 +16,8 @@ from cca_attention.bench.work import flops, held_bytes, moved_bytes, step_keys
 from cca_attention.kernels import reference
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
+from cca_attention.verify.rounding import ErrorModel
+from cca_attention.verify.tolerance import compare
 
 TINY = Problem(batch=2, q_heads=4, kv_heads=2, seq_len=37, head_dim=16, group_size=4, window_size=9, dtype="float16")
 
@@ -137,6 +139,20 @@ def test_samples_see_a_slip_in_the_last_rows(which: int) -> None:
 
 def test_a_nan_is_over_every_bound() -> None:
     assert samples.evidence("x", iter([0.0, float("nan"), 0.0]), torch.float16).worst > 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("core_heads", ["query", "kv"])
+def test_flex_attention_is_asked_for_the_same_function(core_heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled here: FlexAttention's own definition of what its compiled kernel computes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    problem = replace(TINY, core_heads=core_heads, dtype="float32")
+    shapes = [(2, heads, 37, 16) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(s, generator=torch.Generator().manual_seed(n)) for n, s in enumerate(shapes))
+    k_core, v_core = reference.pool(q, k, v, group_size=4, core_heads=core_heads)
+    out = peers.flex(problem, k_core.float(), v_core.float())(q, k, v)
+    found = compare("out", out, ErrorModel(q, k, v, problem.spec, torch.float32).out)
+    assert found.ok, found
 
 
 def test_every_peer_has_a_title() -> None:
