@@ -30,6 +30,11 @@ T_99 = (
     2.85, 2.83, 2.82, 2.81, 2.80, 2.79, 2.78, 2.77, 2.76, 2.76, 2.75,
 )  # fmt: skip
 """Student's t for a two-sided 99 %, from one degree of freedom on."""
+T_95 = (
+    12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
+    2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04,
+)  # fmt: skip
+"""The same for 95 %, which is what profiles state."""
 
 Round = Mapping[Config, float | None]
 """Microseconds of each config that was asked for, and of the built-in one; None: it failed, and always will."""
@@ -74,7 +79,11 @@ def gap(rounds: Sequence[Round], config: Config, other: Config) -> Gap:
     # of a normal distribution: the standard over the median deviation, and the median's scatter over the mean's
     robust = 1.4826 * 1.2533 * statistics.median(abs(x - centre) for x in logs)
     spread = statistics.stdev(logs) if n < FEW else robust
-    return Gap(centre, T_99[min(n - 2, len(T_99) - 1)] * spread / math.sqrt(n), n)
+    return Gap(centre, _of_table(T_99, n) * spread / math.sqrt(n), n)
+
+
+def _of_table(table: tuple[float, ...], rounds: int) -> float:
+    return table[min(rounds - 2, len(table) - 1)]
 
 
 def race(live: Sequence[Config], rounds: int) -> Search:
@@ -141,11 +150,14 @@ def ranking(
 
 
 def speedup(rounds: Sequence[Round], default: Config, config: Config) -> tuple[float, float, float] | None:
-    """The built-in config's time over that of `config`, and its interval; None if they were never timed together."""
+    """The built-in config's time over that of `config`, with its 95 % interval; None without two rounds of both."""
     if not _meet(rounds, config, default):
         return None
     saved = gap(rounds, default, config)
-    return math.exp(saved.centre), math.exp(saved.least), math.exp(saved.most)
+    if saved.rounds < 2:
+        return None
+    half = saved.half * _of_table(T_95, saved.rounds) / _of_table(T_99, saved.rounds)
+    return math.exp(saved.centre), math.exp(saved.centre - half), math.exp(saved.centre + half)
 
 
 def _meet(rounds: Sequence[Round], config: Config, other: Config) -> bool:

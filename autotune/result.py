@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -14,14 +15,19 @@ import triton
 from .. import __version__
 from ..kernels.tunable import Config
 from ..profiles.configs import source_hash
+from ..profiles.live import driver_version, fp_fusion
 from ..profiles.schema import (
     Baseline,
     DeviceIdentity,
     Entry,
+    Interval,
     KernelResources,
     Latency,
+    Margin,
+    MeasurementPolicy,
     Predicted,
     Profile,
+    SearchRecord,
     Semantics,
     Software,
     Verification,
@@ -46,7 +52,11 @@ def profile_of(request: Request, kernels: Sequence[Progress]) -> Profile:
             torch=torch.__version__,
             python=platform.python_version(),
             cuda=torch.version.cuda,
+            driver=driver_version() if request.at_hand else None,
+            fp_fusion=fp_fusion(),
         ),
+        policy={k.name: MeasurementPolicy(**asdict(policy_of(k.name))) for k in settled if k.rounds},
+        search={kernel.name: _search(request, kernel) for kernel in settled},
         semantic=Semantics.of(request.problem),
         kernels={kernel.name: source_hash(kernel.name) for kernel in settled},
         entries=[_entry(request, kernel) for kernel in settled],
@@ -65,13 +75,48 @@ def _entry(request: Request, kernel: Progress) -> Entry:
     return Entry(
         kernel=kernel.name,
         problem=request.problem,
+        interval=_interval(request),
         config=asdict(chosen.config),
         evidence="modelled" if timing is None else "measured",
         latency=None if timing is None else Latency(**asdict(timing)),
         predicted=None if chosen.prediction is None else _rounded(chosen.prediction),
         resources=tuple(KernelResources(**asdict(kernel)) for kernel in chosen.resources),
-        baseline=Baseline(config=asdict(kernel.default), time_us=baseline_us(kernel)),
-        verification=Verification(**{name: evidence[name] for name in Verification.model_fields}),
+        baseline=Baseline(config=asdict(kernel.default), time_us=baseline_us(kernel), margin=_margin(kernel)),
+        verification=_verification(kernel, evidence),
+    )
+
+
+def _verification(kernel: Progress, evidence: dict[str, Any]) -> Verification:
+    """What was checked; a config that was timed gave the same bits again in new memory."""
+    said = {name: evidence[name] for name in Verification.model_fields if name in evidence}
+    return Verification(**said, bitwise_repeatable=True if kernel.rounds else None)
+
+
+def _interval(request: Request) -> Interval | None:
+    """The bucket of contexts whose longest was tuned, if it was asked for by a range."""
+    problem = request.problem
+    if request.least_ctx is None:
+        return None
+    return Interval(seq_len=(request.least_ctx, problem.seq_len), batch=(problem.batch, problem.batch))
+
+
+def _margin(kernel: Progress) -> Margin | None:
+    if kernel.chosen is None or (found := speedup(kernel.rounds, kernel.default, kernel.chosen.config)) is None:
+        return None
+    ratio, least, most = found
+    return Margin(speedup=ratio, ci95=(least, most) if math.isfinite(most) else None)
+
+
+def _search(request: Request, kernel: Progress) -> SearchRecord:
+    failed = kernel.failed + Counter(reason.outcome for reason in kernel.quarantined.values())
+    return SearchRecord(
+        strategy=request.strategy if kernel.rounds else "model",
+        space_size=kernel.legal + kernel.refused,
+        legal=kernel.legal,
+        compiled=kernel.compiled,
+        measured=kernel.timed,
+        failed=dict(failed),
+        seed=request.seed if kernel.rounds else None,
     )
 
 
@@ -81,13 +126,10 @@ def _rounded(prediction: Prediction) -> Predicted:
     return Predicted(total_us=float(f"{prediction.total_us:.4g}"), parts=parts)
 
 
-def summary_of(request: Request, kernels: Sequence[Progress], output: str | None) -> dict[str, Any]:
-    """The run for machines: what was chosen, what became of every config, and where the profile is (None: nowhere)."""
+def summary_of(request: Request, kernels: Sequence[Progress]) -> dict[str, Any]:
+    """A run for machines: what was chosen, and what became of every config."""
     return {
-        "device": request.device.name,
-        "evidence": "measured" if request.at_hand else "modelled",
         "problem": request.problem.as_dict(),
-        "profile": output,
         "kernels": {kernel.name: _kernel_summary(request, kernel) for kernel in kernels},
     }
 
@@ -110,7 +152,7 @@ def _kernel_summary(request: Request, kernel: Progress) -> dict[str, Any]:
 
 
 def _measurement(kernel: Progress) -> dict[str, Any]:
-    """How the kernel was timed, and how much faster the choice is than the built-in config, with a 99 % interval."""
+    """How the kernel was timed, and how much faster the choice is than the built-in config, with its 95 % interval."""
     states = [state for state in kernel.states if state is not None]
     read = ("sm_mhz", "memory_mhz", "temperature_c", "power_w")
     return {

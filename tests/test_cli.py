@@ -18,11 +18,13 @@ import pytest
 
 from cca_attention import cli
 from cca_attention.autotune.devices import find_device
+from cca_attention.autotune.options import EFFORTS
 from cca_attention.autotune.progress import Request
+from cca_attention.autotune.strategies import STRATEGIES
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.store import load_profile, read_profile
-from cca_attention.terminal import INTERRUPTED, NO_DEVICE, OK, USAGE, WRONG
+from cca_attention.terminal import INTERRUPTED, NO_DEVICE, OK, USAGE, WRONG, Refused
 
 DATA = Path(__file__).parent / "data"
 COMMAND = (sys.executable, "-c", "from cca_attention.cli import tune_main; tune_main()")
@@ -60,9 +62,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     ("arguments", "said"),
     [
         ("", "Missing option '--ctx'."),
-        ("--ctx many", "Invalid value for '--ctx': 'many' is not a whole number"),
-        ("--ctx 1.5", "Invalid value for '--ctx': '1.5' is not a whole number"),
-        ("--ctx 0", "--ctx must be at least 1, got 0"),
+        (
+            "--ctx many",
+            "--ctx many: 'many' is not a whole number; it takes one (131072), several (8192,131072) or a range",
+        ),
+        ("--ctx 1.5", "--ctx 1.5: '1.5' is not a whole number"),
+        ("--ctx 8..4 --gpu a100", "--ctx 8..4 is empty: it begins above its end"),
+        ("--ctx 0", "--ctx must be in 1..2147483648, got 0"),
         ("--ctx 64 --gpu a1000", "unknown GPU 'a1000'; did you mean a100-80gb"),
         ("--ctx 64 --gpu a100 --group-size 0", "--group-size must be at least 1, got 0"),
         ("--ctx 64 --gpu a100 --window-size -1", "--window-size must be at least 1, got -1"),
@@ -73,6 +79,21 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         ("--ctx 64 --gpu a100 --core-heads all", "--core-heads must be one of 'query', 'kv', got 'all'"),
         ("--ctx 64 --gpu a100 --kernels forward,sideways", "--kernels: there is no kernel sideways; there are "),
         ("--ctx 64 --gpu a100 --kernels ,", "--kernels: there is no kernel"),
+        ("--ctx 64 --gpu a100 --kernels foward", "; did you mean forward"),
+        ("--ctx 64 --gpu a100 --kernels forward --phase decode", "--phase decode leaves none of --kernels forward"),
+        (
+            "--ctx 64 --gpu a100 --phase decoding",
+            "--phase must be of prefill, train, decode, got 'decoding'; did you mean",
+        ),
+        ("--ctx 64 --gpu a100 --model lama3.1-8b", "--model 'lama3.1-8b' is neither known nor a config.json here; did"),
+        ("--ctx 64 --gpu a100 --model llama3.1-8b --kv-heads 5", "--heads must be a multiple of --kv-heads, got"),
+        ("--ctx 64 --gpu a100 --effort much", "--effort must be one of quick, standard, exhaustive, got 'much'"),
+        (
+            "--ctx 64 --gpu a100 --strategy race",
+            "--strategy must be one of racing, exhaustive, coordinate, evolutionary,",
+        ),
+        ("--ctx 64 --gpu a100 --budget 5d", "--budget must be a time such as 90s, 10m or 1h, got '5d'"),
+        ("--ctx 64 --gpu a100 --seed -1", "--seed must be at least 0, got -1"),
         ("--ctx 64 --gpu a100 --jobs 0", "--jobs must be at least 1, got 0"),
         ("--ctx 64 --gpu a100 --candidates -1", "--candidates must be at least 0, got -1"),
         ("--ctx 64 --gpu a100 --output missing/a.yaml", "--output missing/a.yaml: there is no directory missing"),
@@ -138,29 +159,84 @@ def request_for(toy: Any, folder: Path, verify: Any) -> Request:
 
 def test_results_go_to_stdout_and_words_to_stderr(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, request = tmp_path / "a100.yaml", request_for(toy, tmp_path / "cache", toy.accept)
-    assert cli._run(request, output, as_json=True, quiet=False) == OK
+    assert cli._run([request], output, as_json=True, quiet=False) == OK
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert summary["profile"] == str(output) and summary["kernels"]["toy"]["chosen"] is not None
+    (done,) = summary["runs"]
+    assert summary["profile"] == str(output) and done["kernels"]["toy"]["chosen"] is not None
     assert "toy: compiling 2 configs" in err and f'cca_attention(..., profile="{output}")' in err
-    assert cli._run(request, output, as_json=False, quiet=True) == OK
+    assert cli._run([request], output, as_json=False, quiet=True) == OK
     out, err = capsys.readouterr()
     assert "toy" in out and f"wrote {output}" in out and err == ""
-    longer = replace(request, problem=replace(request.problem, seq_len=8192))
-    assert cli._run(longer, output, as_json=False, quiet=True) == OK
-    assert {entry.problem.seq_len for entry in read_profile(output).entries} == {4096, 8192}
+    longer = [
+        replace(request, problem=replace(request.problem, seq_len=n), least_ctx=n // 2 + 1) for n in (8192, 16384)
+    ]
+    assert cli._run(longer, output, as_json=True, quiet=True) == OK
+    assert [done["problem"]["seq_len"] for done in json.loads(capsys.readouterr().out)["runs"]] == [8192, 16384]
+    entries = read_profile(output).entries
+    intervals = {entry.problem.seq_len: entry.interval and entry.interval.seq_len for entry in entries}
+    assert intervals == {4096: None, 8192: (4097, 8192), 16384: (8193, 16384)}
 
 
 def test_a_run_whose_kernel_is_wrong_writes_nothing(
     toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = request_for(toy, tmp_path / "cache", toy.reject_all)
-    assert cli._run(request, tmp_path / "a100.yaml", as_json=True, quiet=False) == WRONG
+    assert cli._run([request], tmp_path / "a100.yaml", as_json=True, quiet=False) == WRONG
     out, err = capsys.readouterr()
     assert json.loads(out)["profile"] is None
-    assert "toy has no config: the 2 best configs failed verification: out is off by 3 budgets" in err
+    assert "toy has no config: the 2 best configs are in quarantine: wrong: out is off by 3 budgets" in err
     assert "no profile was written" in err
     assert not (tmp_path / "a100.yaml").exists()
+
+
+def test_the_options_become_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+    monkeypatch.setattr(cli, "_run", lambda requests, output, **_: seen.extend(requests) or OK)
+
+    def requests(line: str) -> list[Request]:
+        seen.clear()
+        with pytest.raises(SystemExit) as ended:
+            cli.tune_main(["--gpu", "a100", *line.split()])
+        assert ended.value.code == OK
+        return list(seen)
+
+    (plain,) = requests("--ctx 4096")
+    assert (plain.most_compiled, plain.rounds, plain.strategy, plain.budget_s) == (24, 12, "racing", None)
+    assert (plain.problem, plain.least_ctx) == (Problem(q_heads=32, kv_heads=8, head_dim=128, seq_len=4096), None)
+    found = requests("--ctx 4096..16384 --model qwen2.5-7b --phase decode --effort quick --budget 1m --seed 3")
+    assert [(r.problem.seq_len, r.least_ctx) for r in found] == [(4096, 4096), (8192, 4097), (16384, 8193)]
+    assert all((r.problem.q_heads, r.problem.kv_heads, r.problem.head_dim) == (28, 4, 128) for r in found)
+    assert all([t.name for t in r.tunables] == ["decode"] for r in found)
+    assert all((r.most_compiled, r.rounds, r.budget_s, r.seed) == (6, 8, 20.0, 3) for r in found)
+    (own,) = requests(
+        "--ctx 64 --model llama3.2-1b --heads 64 --effort exhaustive --candidates 5 --strategy coordinate"
+    )
+    assert (own.problem.q_heads, own.problem.kv_heads, own.problem.head_dim) == (64, 8, 64)
+    assert (own.most_compiled, own.strategy) == (5, "coordinate")
+    prefill, train = ({t.name for t in requests(f"--ctx 64 --phase {p}")[0].tunables} for p in ("prefill", "train"))
+    assert prefill == {"pooling", "forward"} and prefill < train and "decode" not in train
+
+
+def test_the_choices_that_are_named_are_those_that_there_are() -> None:
+    assert tuple(STRATEGIES) == cli.STRATEGIES and tuple(EFFORTS) == cli.EFFORTS
+
+
+@pytest.mark.parametrize(("per_cent", "refused"), [(None, False), (0, False), (10, False), (55, True)])
+def test_a_gpu_that_others_keep_busy_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, per_cent: int | None, refused: bool
+) -> None:
+    class Busy:
+        def busy_per_cent(self) -> int | None:
+            return per_cent
+
+    monkeypatch.setattr("cca_attention.autotune.card.card_at_hand", Busy)
+    if not refused:
+        cli._check_idle()
+        return
+    with pytest.raises(Refused, match=r"another process keeps this GPU 55 % busy, .* --allow-busy") as error:
+        cli._check_idle()
+    assert error.value.code == NO_DEVICE
 
 
 def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Path) -> None:
@@ -191,11 +267,12 @@ def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
     )
     assert done.returncode == OK, done.stderr
     summary = json.loads(done.stdout)
-    pooling = summary["kernels"]["pooling"]
+    (run,) = summary["runs"]
+    pooling = run["kernels"]["pooling"]
     assert summary["evidence"] == "modelled" and summary["profile"] == "a100-80gb.yaml"
     assert pooling["compiled"] == 2 and pooling["verification"]["ok"] and pooling["verification"]["cases"] > 0
     profile = load_profile("a100")
-    schedule = profile.schedule(Problem(**summary["problem"]))
+    schedule = profile.schedule(Problem(**run["problem"]))
     assert {name: vars_of(config) for name, config in schedule.items()} == {"pooling": pooling["chosen"]}
 
 

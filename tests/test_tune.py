@@ -162,7 +162,7 @@ def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tm
     assert +found.failed == {"implausible timing": 1}
     assert found.chosen is not None and toy.fate_of(found.chosen.config) == "70 us"
     assert found.evidence is not None and found.evidence["cases"] == 6, "three before and three after it was timed"
-    (kernel,) = summary_of(request, [found], None)["kernels"].values()
+    (kernel,) = summary_of(request, [found])["kernels"].values()
     assert {entry["outcome"] for entry in kernel["quarantined"]} == {outcome for outcome, _ in outcomes.values()}
     assert all(entry["arch"] == "sm_80" and entry["head_dim"] == 64 for entry in kernel["quarantined"])
     journal = (tmp_path / "journal.jsonl").read_bytes()
@@ -209,7 +209,7 @@ def test_the_profile_says_how_it_knows(toy: Any, cache: Path, tmp_path: Path) ->
     assert found.chosen is not None
     assert profile.schedule(PROBLEM)["toy"] == found.chosen.config
     assert profile.software.triton and profile.device.arch == "sm_80"
-    summary = json.loads(json.dumps(summary_of(request, [found], "a.yaml")))
+    summary = json.loads(json.dumps(summary_of(request, [found])))
     assert summary["kernels"]["toy"]["ruled_out"] == {"registers": 2}
 
 

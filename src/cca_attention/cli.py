@@ -1,7 +1,8 @@
-"""The commands. Words go to stderr, results to stdout; options are checked before anything is loaded or begun."""
+"""The command `cca-tune`. Words go to stderr, results to stdout; options are checked before anything is begun."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,21 +15,25 @@ from .problem import Problem
 from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .autotune.devices import Device
-    from .autotune.progress import Progress, Request
-    from .profiles.schema import Profile
+    from .autotune.options import Bucket
+    from .autotune.progress import Request
+    from .kernels.tunable import Tunable
 
 MOST_JOBS = 8
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+EFFORTS = ("quick", "standard", "exhaustive")
+STRATEGIES = ("racing", "exhaustive", "coordinate", "evolutionary", "optuna")
+HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
+"""What is tuned where neither a model nor an option says otherwise."""
 OPTIONS = {
     "seq_len": "--ctx", "batch": "--batch", "q_heads": "--heads", "kv_heads": "--kv-heads", "head_dim": "--head-dim",
     "group_size": "--group-size", "window_size": "--window-size", "core_heads": "--core-heads", "pooling": "--pooling",
 }  # fmt: skip
 EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
 
-It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it.
+It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it. Another:
+cca-tune --model llama3.1-8b --ctx 4096..131072 --phase prefill,decode --budget 10m
 
 Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong usage, nothing was begun;
 3 no usable GPU; 130 interrupted, what was finished is kept and the same command goes on from there."""
@@ -39,19 +44,26 @@ app = new_app()
 
 @app.command(epilog=EPILOG)
 def tune(
-    ctx: Annotated[int, number("--ctx", "Context length in tokens.")],
+    ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Contexts: 8192, 8192,131072 or 4096..131072.")],
     gpu: Annotated[str | None, typer.Option("--gpu", help="GPU to tune for; default: the one at hand.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model whose heads to take, or a config.json.")] = None,
+    phase: Annotated[str, typer.Option("--phase", help="Of prefill, train and decode, with commas.")] = "all",
     group_size: Annotated[int, number("--group-size", "Tokens of one core token.")] = 16,
     window_size: Annotated[int, number("--window-size", "Recent tokens that are seen raw.")] = 1024,
-    heads: Annotated[int, number("--heads", "Query heads.")] = 32,
-    kv_heads: Annotated[int, number("--kv-heads", "Key/value heads.")] = 8,
-    head_dim: Annotated[int, number("--head-dim", "Head dimension, 16 to 256.")] = 128,
+    heads: Annotated[int | None, number("--heads", "Query heads; default: 32, or the model's.")] = None,
+    kv_heads: Annotated[int | None, number("--kv-heads", "Key/value heads; default: 8, or the model's.")] = None,
+    head_dim: Annotated[int | None, number("--head-dim", "Head dimension, 16 to 256; default: 128.")] = None,
     batch: Annotated[int, number("--batch", "Sequences of a batch.")] = 1,
     dtype: Annotated[str, choice("--dtype", "Element type of q, k and v.", *DTYPES)] = "bf16",
     core_heads: Annotated[str, choice("--core-heads", "Which heads have cores.", "query", "kv")] = "query",
     pooling: Annotated[str, choice("--pooling", "How groups are pooled.", "last_query", "mean")] = "last_query",
     kernels: Annotated[str, typer.Option("--kernels", help="Kernels, with commas between.")] = "all",
-    candidates: Annotated[int, number("--candidates", "Configs compiled for a kernel at most; 0: every one.")] = 24,
+    effort: Annotated[str, choice("--effort", "How much is tried.", *EFFORTS)] = "standard",
+    strategy: Annotated[str, choice("--strategy", "How configs to time are searched.", *STRATEGIES)] = "racing",
+    candidates: Annotated[int | None, number("--candidates", "Configs of a kernel at most; 0: all.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time for searching on the GPU: 90s, 10m.")] = None,
+    seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
+    allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
     jobs: Annotated[int | None, number("--jobs", "Worker processes; default: one for each core.")] = None,
@@ -63,17 +75,12 @@ def tune(
     On a machine with that GPU every config is timed. Without it, configs are compiled for it, those that cannot run
     there are dropped, and the rest is ranked by a model; the profile says which it was.
     """
-    if dtype not in DTYPES:
-        raise Refused(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    problem = _problem(
-        batch=batch, q_heads=heads, kv_heads=kv_heads, seq_len=ctx, head_dim=head_dim, group_size=group_size,
-        window_size=window_size, core_heads=core_heads, pooling=pooling, dtype=DTYPES[dtype],
-    )  # fmt: skip
+    given = locals()
+    problems = _problems(given)
     device = _device(gpu)
     output = output or Path(f"{device.name}.yaml")
     check_output("--output", output)
-    request = _request(device, problem, kernels, cache_dir, _default_jobs() if jobs is None else jobs, candidates)
-    return _run(request, output, as_json=as_json, quiet=quiet)
+    return _run(_requests(given, problems, device), output, as_json=as_json, quiet=quiet, allow_busy=allow_busy)
 
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
@@ -81,9 +88,19 @@ def tune_main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run_app(app, "cca-tune", arguments))
 
 
-def _problem(**sizes: Any) -> Problem:
+def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:
+    """What is to be tuned, from the options alone."""
+    from .autotune import options
+
+    if given["dtype"] not in DTYPES:
+        raise Refused(f"--dtype must be one of {', '.join(DTYPES)}, got {given['dtype']!r}")
     try:
-        return Problem(**sizes)
+        shape = HEADS if given["model"] is None else options.model_shape(given["model"]).as_dict()
+        explicit = {"q_heads": given["heads"], "kv_heads": given["kv_heads"], "head_dim": given["head_dim"]}
+        shape = {**shape, **{name: size for name, size in explicit.items() if size is not None}}
+        names = ("batch", "group_size", "window_size", "core_heads", "pooling")
+        same = {**shape, **{name: given[name] for name in names}, "dtype": DTYPES[given["dtype"]]}
+        return [(bucket, Problem(seq_len=bucket.ctx, **same)) for bucket in options.buckets(given["ctx"])]
     except ValueError as error:
         message = str(error)
         for name, option in OPTIONS.items():
@@ -108,108 +125,90 @@ def _default_jobs() -> int:
     return min(MOST_JOBS, len(os.sched_getaffinity(0)))
 
 
-def _request(
-    device: Device, problem: Problem, kernels: str, cache_dir: Path | None, jobs: int, candidates: int
-) -> Request:
-    if jobs < 1:
-        raise Refused(f"--jobs must be at least 1, got {jobs}")
-    if candidates < 0:
-        raise Refused(f"--candidates must be at least 0, got {candidates}")
+def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], device: Device) -> list[Request]:
+    """The runs that were asked for, one for each problem; nothing of them has begun."""
     from platformdirs import user_cache_path
 
+    from .autotune import options
     from .autotune.devices import device_at_hand
     from .autotune.progress import Request
-    from .profiles.configs import tunables
 
+    jobs = _default_jobs() if given["jobs"] is None else given["jobs"]
+    try:
+        effort = options.effort(given["effort"])
+        budget_s = None if given["budget"] is None else options.seconds(given["budget"]) / len(problems)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    candidates = effort.candidates if given["candidates"] is None else given["candidates"]
+    for option, value, least in (("--jobs", jobs, 1), ("--candidates", candidates, 0), ("--seed", given["seed"], 0)):
+        if value < least:
+            raise Refused(f"{option} must be at least {least}, got {value}")
+    if given["strategy"] not in STRATEGIES:
+        hint = options.suggestion(given["strategy"], STRATEGIES)
+        raise Refused(f"--strategy must be one of {', '.join(STRATEGIES)}, got {given['strategy']!r}{hint}")
     try:
         at_hand = device_at_hand() == device
     except LookupError:
         at_hand = False  # a GPU that the table does not have is not the one asked for
-    # kernels for one architecture can be verified on it only
-    known = tunables(device.arch if at_hand else None)
+    same: dict[str, Any] = {
+        "device": device, "tunables": _chosen_tunables(given, device.arch if at_hand else None), "at_hand": at_hand,
+        "cache_folder": given["cache_dir"] or user_cache_path("cca-attention"), "jobs": jobs,
+        "most_compiled": candidates, "rounds": effort.rounds, "strategy": given["strategy"], "budget_s": budget_s,
+        "seed": given["seed"],
+    }  # fmt: skip
+    ranged = ".." in given["ctx"]
+    return [Request(problem=p, least_ctx=bucket.least if ranged else None, **same) for bucket, p in problems]
+
+
+def _chosen_tunables(given: dict[str, Any], arch: str | None) -> tuple[Tunable, ...]:
+    """The kernels that --kernels and --phase leave; `arch`: of the GPU at hand, whose own kernels it can verify."""
+    from .autotune.options import directions, suggestion
+    from .profiles.configs import tunables
+    from .verify.gate_cases import DIRECTION_OF
+
+    known, kernels, phase = tunables(arch), given["kernels"], given["phase"]
     names = list(known) if kernels == "all" else [name.strip() for name in kernels.split(",")]
     if unknown := [name for name in names if name not in known]:
-        raise Refused(f"--kernels: there is no kernel {', '.join(unknown)}; there are {', '.join(known)}")
-    return Request(
-        device=device,
-        problem=problem,
-        tunables=tuple(known[name] for name in dict.fromkeys(names)),
-        cache_folder=cache_dir or user_cache_path("cca-attention"),
-        at_hand=at_hand,
-        jobs=jobs,
-        most_compiled=candidates,
-    )
+        hint = suggestion(unknown[0], known)
+        raise Refused(f"--kernels: there is no kernel {', '.join(unknown)}; there are {', '.join(known)}{hint}")
+    try:
+        wanted = set(DIRECTION_OF.values()) if phase == "all" else set(directions(phase))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    left = [name for name in dict.fromkeys(names) if DIRECTION_OF[name] in wanted]
+    if not left:
+        raise Refused(f"--phase {phase} leaves none of --kernels {kernels}: no kernel is in both")
+    return tuple(known[name] for name in left)
 
 
-def _run(request: Request, output: Path, *, as_json: bool, quiet: bool) -> int:
+def _run(requests: Sequence[Request], output: Path, *, as_json: bool, quiet: bool, allow_busy: bool = False) -> int:
     from rich.console import Console
 
-    from .autotune.journal import Journal, JournalError
-    from .autotune.progress import plan
-    from .autotune.report import display_for
-    from .autotune.tune import Tuner
+    from .autotune.journal import JournalError
+    from .autotune.session import Session, SessionError
 
-    held = _held_profile(request, output)
-    words = Console(stderr=True, quiet=quiet)
-    how = "measured here" if request.at_hand else "predicted: that GPU is not in this machine"
-    kernels = plan(request)
+    if requests[0].at_hand and not allow_busy:
+        _check_idle()
     try:
-        with Journal(request.cache_folder) as journal:
-            words.print(f"{request.device.name}, {request.problem}; times are {how}", highlight=False, soft_wrap=True)
-            with display_for(words, kernels, quiet) as display:
-                Tuner(request, journal, kernels, display).run()
-    except JournalError as error:
+        session = Session(requests, output, Console(stderr=True, quiet=quiet), quiet=quiet)
+        settled = session.run()
+    except (JournalError, SessionError) as error:
         raise Refused(str(error)) from error
     except KeyboardInterrupt as error:
         message = "interrupted; what was finished is kept, the same command goes on from there"
         raise Refused(message, INTERRUPTED) from error
-    settled = [kernel for kernel in kernels if kernel.chosen is not None]
-    if settled:
-        _write(request, settled, held, output)
-    _show(request, kernels, output if settled else None, words, as_json=as_json)
-    return OK if len(settled) == len(kernels) else WRONG
-
-
-def _held_profile(request: Request, output: Path) -> Profile | None:
-    """The profile that is at `output` already, to which this run adds."""
-    from .autotune.result import profile_of
-    from .profiles.store import ProfileError, merged, read_profile
-
-    if not output.exists():
-        return None
-    try:
-        held = read_profile(output)
-        merged(held, profile_of(request, []))
-    except ProfileError as error:
-        raise Refused(f"--output {output} exists and cannot be added to: {error}") from error
-    return held
-
-
-def _write(request: Request, settled: Sequence[Progress], held: Profile | None, output: Path) -> None:
-    from .autotune.result import profile_of
-    from .profiles.store import merged, write_profile
-
-    profile = profile_of(request, settled)
-    write_profile(profile if held is None else merged(held, profile), output)
-
-
-def _show(request: Request, kernels: Sequence[Progress], output: Path | None, words: Console, *, as_json: bool) -> None:
-    import json
-
-    from rich.console import Console
-
-    from .autotune.report import choice_table
-    from .autotune.result import summary_of
-
     if as_json:
-        typer.echo(json.dumps(summary_of(request, kernels, None if output is None else str(output)), indent=2))
-    results = words if as_json else Console()
-    results.print(choice_table(kernels, results.width))
-    for kernel in kernels:
-        if kernel.trouble is not None:
-            words.print(f"{kernel.name} has no config: {kernel.trouble}", style="red", markup=False, soft_wrap=True)
-    if output is not None:
-        use = f'cca_attention(..., profile="{output}")'
-        results.print(f"wrote {output}; use it with {use}", markup=False, highlight=False, soft_wrap=True)
-    else:
-        words.print("no profile was written", style="red")
+        typer.echo(json.dumps(session.summary(), indent=2))
+    session.show(Console(stderr=True, quiet=quiet) if as_json else Console())
+    return OK if settled else WRONG
+
+
+def _check_idle() -> None:
+    """Refuse a GPU that somebody else keeps busy: times there are worth nothing."""
+    from .autotune.card import BUSY_PER_CENT, card_at_hand
+
+    card = card_at_hand()
+    busy = None if card is None else card.busy_per_cent()
+    if busy is not None and busy > BUSY_PER_CENT:
+        message = f"another process keeps this GPU {busy} % busy, and times would be worth nothing"
+        raise Refused(f"{message}; wait for its end, or take them all the same with --allow-busy", NO_DEVICE)
