@@ -1,0 +1,81 @@
+"""`append`: a `CacheState` as an op of torch.library, so that decoding into fixed storage compiles whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import choose_backend
+from .cache_state import CacheState
+from .spec import CCASpec
+
+
+def new_storage(spec: CCASpec, shape: tuple[int, int, int, int], like: Tensor, max_tokens: int) -> list[Tensor]:
+    """All tensors of an empty state for `max_tokens` tokens; `shape` is (batch, q_heads, kv_heads, head_dim)."""
+    state = CacheState(
+        spec, shape, like.dtype, like.device,
+        ring=spec.max_local_tokens(), max_tokens=max_tokens, backend=choose_backend("auto", like), profile="",
+    )  # fmt: skip
+    return list(_tensors(state).values())
+
+
+def append(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, storage: list[Tensor], spec: CCASpec,
+    *, max_tokens: int, profile: str,
+) -> Tensor:  # fmt: skip
+    """Append tokens and return what their queries see, (B, Hq, T, D); nothing is read back to the host on CUDA.
+
+    Args:
+        q: (B, Hq, T, D). k, v: (B, Hkv, T, D). q and k rotated, last dimensions contiguous.
+        bounds: (B, 2) int32: first and one past the last real token of each row; None: all are real.
+        storage: of `new_storage`; changed. A token past `max_tokens` is not stored, and its output is NaN.
+        profile: a handle of `register_profile`.
+    """
+    numbers = [spec.group_size, spec.window_size, max_tokens]
+    scale = spec.softmax_scale(q.shape[3])
+    out: Tensor = _append(q, k, v, bounds, storage, numbers, spec.core_heads, spec.pooling, scale, profile)
+    return out
+
+
+def reorder(storage: list[Tensor], index: Tensor) -> None:
+    """Row b becomes a copy of row ``index[b]``; nothing moves. The batch is the first axis of what all heads share."""
+    for tensor in storage:
+        tensor.copy_(tensor.index_select(0 if tensor.dim() < 5 else 1, index))
+
+
+def _tensors(state: CacheState) -> dict[str, Tensor]:
+    return {name: x for name, x in vars(state).items() if isinstance(x, Tensor)}
+
+
+@torch.library.custom_op("cca_attention::append", mutates_args=("storage",))
+def _append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    storage: list[Tensor],
+    numbers: list[int],
+    core_heads: str,
+    pooling: str,
+    scale: float,
+    profile: str,
+) -> Tensor:
+    group_size, window_size, max_tokens = numbers
+    spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    # a state without memory of its own, on which the caller's storage is put
+    state = CacheState(
+        spec, (q.shape[0], q.shape[1], k.shape[1], q.shape[3]), q.dtype, "meta",
+        ring=0, max_tokens=None, backend=choose_backend("auto", q), profile=profile,
+    )  # fmt: skip
+    vars(state).update(zip(_tensors(state), storage, strict=True))
+    state.max_tokens, state.may_overflow = max_tokens, True
+    new = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
+    in_one_step = bounds is None and state.takes_in_one_step(q, k)
+    return (state.step(*new) if in_one_step else state.extend(*new, bounds)).to(q.dtype)
+
+
+@_append.register_fake
+def _append_fake(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)

@@ -1,0 +1,170 @@
+"""Caches that transformers' models fill: core tokens and a window of raw ones in each CCA layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+
+from .. import cache_op
+from ..cache import CCACache
+from ..spec import CCASpec
+from .settings import Settings
+
+ROLLBACK = 64
+"""Tokens that `crop` can always take back: the longest draft that assisted decoding may try."""
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """What both kinds share: `update` hands the new keys on with a mark, by which the attention function finds it."""
+
+    is_sliding = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[2]
+        key_states.cca_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        return self.length if self.is_initialized else 0
+
+    def get_max_cache_shape(self) -> int:  # its name before transformers 5.17
+        return int(self.get_max_length())
+
+
+class _DynamicLayer(_Layer):
+    is_croppable = True
+
+    def __init__(self, settings: Settings, rollback: int) -> None:
+        super().__init__()
+        self.settings, self.rollback, self.length = settings, rollback, 0
+        self.state: CCACache | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
+        if self.state is None:
+            self.state = CCACache(
+                spec, batch=query.shape[0], q_heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[3],
+                dtype=query.dtype, device=query.device, rollback=self.rollback, profile=self.settings.handle() or None,
+            )  # fmt: skip
+        if bounds is None and self.state.seen:
+            return self.state.decode(query, key, value)
+        return self.state.prefill(query, key, value, bounds)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.length + new, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # before transformers 5.17 a positive number is what is kept
+        n = tokens_to_remove if tokens_to_remove <= 0 else min(0, tokens_to_remove - self.length)
+        if n and self.state is not None:
+            self.state.crop(n)
+            self.length += n
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.reorder(beam_idx)
+
+    def reset(self) -> None:
+        self.state, self.length, self.is_initialized = None, 0, False
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes if self.state else 0
+
+
+class _StaticLayer(_Layer):
+    is_compileable = True
+
+    def __init__(self, settings: Settings, q_heads: int, max_cache_len: int) -> None:
+        super().__init__()
+        self.settings, self.q_heads, self.max_cache_len = settings, q_heads, max_cache_len
+        self.length = torch.zeros((), dtype=torch.int64)
+        self.storage: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, kv_heads, _, head_dim = key_states.shape
+        shape = batch, self.q_heads, kv_heads, head_dim
+        self.storage = cache_op.new_storage(self.settings.spec(), shape, key_states, self.max_cache_len)
+        self.length = self.length.to(key_states.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (*self.storage, self.length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
+        profile = self.settings.handle()
+        return cache_op.append(
+            query, key, value, bounds, self.storage, spec, max_tokens=self.max_cache_len, profile=profile
+        )
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        cache_op.reorder(self.storage, beam_idx)
+
+    def reset(self) -> None:
+        for tensor in (*self.storage, self.length):
+            tensor.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(*self.storage)
+
+
+class _Cache(Cache):  # type: ignore[misc]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values: in a dynamic cache of what is held, in a static one of all buffers."""
+        return sum(x.nbytes if isinstance(x, _Layer) else _bytes(x.keys, x.values) for x in self.layers)
+
+
+class CCADynamicCache(_Cache):
+    """The cache of a model with CCA layers, for any number of tokens; layers that are not CCA have their usual one.
+
+    Args:
+        config: the model's, as `enable` left it.
+        rollback: tokens that `crop` can always take back, for assisted decoding.
+    """
+
+    def __init__(self, config: Any, rollback: int = ROLLBACK) -> None:
+        config = config.get_text_config(decoder=True)
+        settings, layers = Settings.of(config), DynamicCache(config=config).layers
+        super().__init__([_DynamicLayer(settings, rollback) if settings.covers(i) else x for i, x in enumerate(layers)])
+
+
+class CCAStaticCache(_Cache):
+    """A cache in buffers that never move: decoding compiles without graph breaks and runs in a CUDA graph.
+
+    Nothing is read back to the host. A decode step gives every row one token, whatever the mask says; a token past the
+    end is not stored, and its output is NaN.
+
+    Args:
+        config: the model's, as `enable` left it.
+        max_cache_len: the most tokens of a row, its padding included.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int) -> None:
+        config = config.get_text_config(decoder=True)
+        settings, layers = Settings.of(config), StaticCache(config=config, max_cache_len=max_cache_len).layers
+        for i in filter(settings.covers, range(len(layers))):
+            layers[i] = _StaticLayer(settings, config.num_attention_heads, max_cache_len)
+        super().__init__(layers)
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)

@@ -1,0 +1,72 @@
+"""What `enable` was asked for, kept as plain values in the model's config: saved and restored with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..attention import register_profile
+from ..profiles.store import ProfileNotFound
+from ..spec import CCASpec, CoreHeads, Pooling
+
+NAME = "cca"
+"""The name of the attention in transformers, and of the settings in a model's config."""
+
+Layers = Literal["full", "all"] | Iterable[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One model's CCA attention: the arguments of `enable`.
+
+    `layers` are the numbers of the layers that are CCA (None: all), `replaces` the attention that the others keep.
+    """
+
+    group_size: int = 16
+    window_size: int = 1024
+    core_heads: CoreHeads = "kv"
+    pooling: Pooling = "last_query"
+    profile: str | None = "auto"
+    layers: list[int] | None = None
+    replaces: str = "sdpa"
+
+    @classmethod
+    def of(cls, config: Any) -> Settings:
+        """The settings in a model's config; the defaults if there are none."""
+        return cls(**(getattr(config, NAME, None) or {}))
+
+    def save(self, config: Any) -> None:
+        """Keep the settings in a model's config."""
+        setattr(config, NAME, asdict(self))
+
+    def covers(self, layer: int) -> bool:
+        """Whether this layer is CCA."""
+        return self.layers is None or layer in self.layers
+
+    def spec(self, scale: float | None = None) -> CCASpec:
+        """What a layer with this softmax scale computes."""
+        return CCASpec(self.group_size, self.window_size, self.core_heads, self.pooling, scale)
+
+    def handle(self) -> str:
+        """The profile as the ops take it."""
+        handle: str = _handle(self.profile)
+        return handle
+
+
+_HANDLES: dict[str | None, str] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _handle(profile: str | None) -> str:
+    """What `register_profile` gives; for "auto" the built-in configs where there is no profile for the GPU at hand."""
+    if profile not in _HANDLES:
+        try:
+            _HANDLES[profile] = register_profile(profile)
+        except ProfileNotFound:
+            if profile != "auto":
+                raise
+            _HANDLES[profile] = ""
+    return _HANDLES[profile]
