@@ -61,11 +61,11 @@ def _content(path: Path) -> bytes:
 def source_hash(kernel: str) -> str:
     """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others.
 
-    That is primitives.py, and for the kernels of one architecture the files beside theirs that they import from.
+    That is primitives.py, and the files of their own that some kernels import from.
     """
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
     text = _content(source).decode()
-    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys", "queries") if f"from .{name} " in text]
+    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys", "queries", "decode_parts") if f"from .{name} " in text]
     digest = hashlib.sha256()
     for path in (source, Path(primitives.__file__), *beside):
         digest.update(_content(path))

@@ -16,6 +16,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from .choice import Mode
+from .configs import KERNEL_ABI
 from .identity import SemanticBlock, Semantics, plain
 from .places import Place, bundled_folder, current_folder, places, user_folder
 from .reading import ProfileError, read_profile
@@ -155,7 +156,7 @@ def make_profile(*, kernels: dict[str, str], entries: Sequence[Entry], semantic:
     return Profile(
         schema=SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        kernels={name: KernelSource(source_hash=digest) for name, digest in kernels.items()},
+        kernels={name: KernelSource(source_hash=digest, abi=KERNEL_ABI) for name, digest in kernels.items()},
         semantic=SemanticBlock.describing(semantic, [entry.problem for entry in entries]),
         entries=tuple(entries),
         **parts,

@@ -1,0 +1,1 @@
+"""Launch configs of cca-attention for Acme's GPUs: data only, in the folder `profiles`."""
