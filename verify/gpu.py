@@ -183,7 +183,8 @@ def sanitize_target() -> int:
     )
     for tunable in tunables(arch_at_hand()).values():
         if tunable.archs:
-            tunable.launch(problem, tunable.allocate(problem, DEVICE), tunable.default(problem, arch_at_hand()))
+            tensors = tunable.allocate(problem, torch.device(DEVICE), torch.Generator(DEVICE).manual_seed(0))
+            tunable.launch(problem, tensors, tunable.default(problem, arch_at_hand()))
             torch.cuda.synchronize()
             count += 1
     return count
