@@ -1,0 +1,163 @@
+"""Training models with CCA: the oracle's gradients, checkpointing, torch.compile, packed documents, Trainer, FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, distributed, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cca_attention.kernels.reference import attention_dense
+from cca_attention.models import enable
+
+G, W = 4, 8
+IDS = torch.randint(1, 97, (2, 29), generator=torch.Generator().manual_seed(0))
+DOCUMENTS = torch.cat((torch.arange(12), torch.arange(17)))[None].expand(2, -1)
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch path: the interpreter would take minutes."""
+    monkeypatch.setattr("cca_attention.fused.INTERPRETED", False)
+
+
+def build(dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny Llama with CCA, in training."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).train()
+    enable(model, G, W)
+    return model
+
+
+def train(model: nn.Module, call: Any = None, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and every gradient of one step."""
+    logits = (model if call is None else call)(IDS, **options).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: x.grad for name, x in model.named_parameters()}
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = train(build())
+
+    def oracle(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        out, _ = attention_dense(q, k, v, group_size=G, window_size=W, core_heads="kv", scale=options["scaling"])
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "cca", oracle)
+    assert_close(found, train(build()))
+
+
+def test_gradients_flow_through_the_pooling_weights() -> None:
+    with_weights, uniform = build(), build()
+    enable(uniform, G, W, pooling="mean")
+    found, other = train(with_weights)[1], train(uniform)[1]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (found[name] - other[name]).abs().max() > 1e-3 * found[name].abs().max()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(train(model), train(build()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"position_ids": DOCUMENTS}], ids=["rows", "packed"])
+def test_it_compiles_whole(options: dict[str, Tensor]) -> None:
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(train(model, compiled, **options), train(build(), **options))
+
+
+def test_a_padded_batch_compiles_whole() -> None:
+    real = torch.ones_like(IDS)
+    real[1, 20:] = 0
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(train(model, compiled, attention_mask=real), train(build(), attention_mask=real))
+
+
+def test_packed_documents_train_as_if_alone() -> None:
+    model = build()
+    packed = model(IDS, position_ids=DOCUMENTS).logits
+    alone = [model(IDS[:, rows]).logits for rows in (slice(0, 12), slice(12, 29))]
+    assert_close(packed, torch.cat(alone, dim=1))
+    weights = torch.randn(packed.shape, dtype=packed.dtype, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (packed, torch.cat(alone, 1))]
+    assert_close(*grads)
+
+
+class Repeated(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The same rows again and again."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": IDS[index % 2], "labels": IDS[index % 2]}
+
+
+def test_trainer_fine_tunes_the_projections_alone(tmp_path: Path) -> None:
+    model = build(torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    trained = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=6,
+        gradient_checkpointing=True, report_to=[], use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=Repeated())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x.cpu(), before[name])}
+    assert changed == {name for name in before if any(part in name for part in trained)}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "checkpoint-6").cca == model.config.cca
+
+
+def sharded_step(rank: int, rendezvous: str, results: Any) -> None:
+    """One step of FSDP2 on two processes: rank 0 hands back the loss and a whole gradient."""
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    loss, grads = train(model)
+    whole = grads["model.layers.0.self_attn.k_proj.weight"].full_tensor()
+    if rank == 0:
+        results.put((loss.tolist(), whole.tolist()))
+    distributed.destroy_process_group()
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    results = fork.SimpleQueue()
+    workers = [fork.Process(target=sharded_step, args=(i, f"file://{tmp_path}/store", results)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    loss, grad = results.get()
+    expected, grads = train(build())
+    assert_close(torch.tensor(loss, dtype=torch.float64), expected)
+    assert_close(torch.tensor(grad, dtype=torch.float64), grads["model.layers.0.self_attn.k_proj.weight"])
