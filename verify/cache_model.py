@@ -150,15 +150,15 @@ class CacheModel:
         """
         self.tally.met("built again", any(cores.numel() for cores in self.cores))
         for b, row in enumerate(self.rows):
-            fresh, tensors = self._empty_cache(1, 0), self._tensors([row])
-            fresh.prefill(*tensors)
+            fresh = self._empty_cache(1, 0)
+            fresh.prefill(*self._tensors([row]))
             require(fresh.lengths.tolist() == [len(row)], f"{fresh.lengths.tolist()} tokens, not {len(row)}")
             for name, held in zip(("k_core", "v_core"), self.cores[b], strict=True):
                 again = getattr(fresh, name)
                 if self.device == "cpu" or not again.numel():
                     self.tally.hold(compare_bitwise(name, held, again))
                 else:
-                    bound = getattr(ErrorModel(*(x.cpu() for x in tensors), self.spec, torch.float32), name).bound
+                    bound = getattr(self._oracle(row), name).bound
                     self.tally.hold(agree(name, held.cpu(), again.cpu(), bound, bound))
 
     def check_sizes_and_cores(self) -> None:
@@ -206,6 +206,11 @@ class CacheModel:
                         whole[b, :, t] = torch.randn(whole.shape[1], HEAD_DIM, generator=generator)
         return found
 
+    def _oracle(self, row: list[int]) -> ErrorModel:
+        """What the tokens of a row give, and how far off that may be."""
+        q, k, v = (x.cpu() for x in self._tensors([row]))
+        return ErrorModel(q, k, v, self.spec, torch.float32)
+
     def _append(self, bounds: list[tuple[int, int]], size: int, call: Callable[..., Tensor]) -> None:
         """Append new tokens to the rows between their bounds with `call`, and check all that comes out."""
         chunk = [[-1] * size for _ in self.rows]
@@ -244,7 +249,7 @@ class CacheModel:
 
     def _check_row(self, b: int, out: Tensor) -> None:
         """Hold the newest outputs and all cores of a row to the oracle, and remember the cores."""
-        model = ErrorModel(*(x.cpu() for x in self._tensors([self.rows[b]])), self.spec, torch.float32)
+        model = self._oracle(self.rows[b])
         newest = type(model.out)(*(x[:, :, -out.shape[2] :] for x in model.out))
         self.cores[b] = self._held_cores(b)
         self.tally.hold(compare("out", out, newest))
