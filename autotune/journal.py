@@ -1,14 +1,15 @@
 """What was found, one JSON line for each finished trial, so that no run does a trial that another has done.
 
-Lines are only ever appended, under a lock and flushed to the disk. A line that was cut short by a power cut or a kill
-is dropped by the next run that writes; any other damage is an error that says where.
+Lines are only ever appended, under a lock and flushed to the disk. A line that was cut short by a power cut, a kill or
+a full disk is dropped by the next that writes; any other damage is an error that says where. Runs that go on at one
+time see each other's records whenever they write, and when they ask for them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,10 +51,12 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / "journal.lock")
             with self._lock:
-                self._file = self.path.open("ab+")
+                self._file = self.path.open("ab+", buffering=0)
         except OSError as error:
             raise JournalError(f"the cache directory {folder} cannot be written: {error.strerror or error}") from error
-        self._records = self._load()
+        self._records: dict[Key, Mapping[str, Any]] = {}
+        self._read_to = self._lines = 0
+        self.refresh()
 
     def __enter__(self) -> Journal:
         return self
@@ -66,20 +69,38 @@ class Journal:
     def __len__(self) -> int:
         return len(self._records)
 
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._records)
+
     def get(self, key: Key) -> Mapping[str, Any] | None:
         """What was recorded last under `key`, or None."""
         return self._records.get(key)
 
     def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
-        """Append finished trials; on return they are on the disk."""
-        new = dict(records)
-        lines = [_line(key, value) for key, value in new.items()]
+        """Append finished trials; on return they are on the disk.
+
+        Raises:
+            JournalError: if they cannot be written, as on a full disk; what was there before is whole.
+        """
+        content = memoryview("".join(_line(key, value) for key, value in dict(records).items()).encode())
         with self._lock:
-            self._drop_torn_line()
-            self._file.write("".join(lines).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._records |= new
+            try:
+                self._drop_torn_line()
+                while content:
+                    content = content[self._file.write(content) :]
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise JournalError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            self._read()
+
+    def refresh(self) -> None:
+        """Take in what other runs have written.
+
+        Raises:
+            JournalError: for a line that is no record.
+        """
+        with self._lock:
+            self._read()
 
     def _drop_torn_line(self) -> None:
         """Cut off what follows the last line end: whoever wrote it did not live to finish."""
@@ -97,21 +118,22 @@ class Journal:
             self._file.truncate(keep)
         self._file.seek(0, os.SEEK_END)
 
-    def _load(self) -> dict[Key, Mapping[str, Any]]:
-        with self._lock:
-            self._file.seek(0)
-            lines = self._file.read().split(b"\n")
-        records = {}
-        for number, line in enumerate(lines[:-1], start=1):
+    def _read(self) -> None:
+        """Enter the whole lines that were not read yet."""
+        self._file.seek(self._read_to)
+        content = self._file.readall() or b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            self._lines += 1
             try:
                 record = json.loads(line)
                 if record["version"] != VERSION:
                     raise ValueError(f"it is of version {record['version']}, this program writes {VERSION}")
-                records[Key(**record["key"])] = record["value"]
+                self._records[Key(**record["key"])] = record["value"]
             except (ValueError, KeyError, TypeError) as error:
-                message = f"{self.path}, line {number}, is not a record ({error}); repair it or move the file away"
+                message = f"{self.path}, line {self._lines}, is not a record ({error}); repair it or move the file away"
                 raise JournalError(message) from error
-        return records
+        self._read_to += len(whole)
 
 
 def _line(key: Key, value: Mapping[str, Any]) -> str:

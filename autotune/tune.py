@@ -82,6 +82,7 @@ class Tuner:
         self, pool: Pool, phase: Phase, groups: Sequence[Group], job: Callable[..., Any], absorb: Absorb
     ) -> None:
         """Absorb a record for every config of `groups`: the journal's, or the one that `job` makes now."""
+        self._journal.refresh()
         waiting = []
         for kernel, group in groups:
             unknown = tuple(config for config in group if not self._recall(phase, kernel, config, absorb))

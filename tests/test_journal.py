@@ -85,6 +85,63 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Pat
         Journal(tmp_path / "odd")
 
 
+def test_a_run_sees_what_another_has_found(tmp_path: Path) -> None:
+    with Journal(tmp_path) as one, Journal(tmp_path) as other:
+        other.add([(KEY, {"by": "other"})])
+        assert one.get(KEY) is None
+        one.refresh()
+        assert one.get(KEY) == {"by": "other"}
+        other.add([(KEYS[1], {})])
+        one.add([(KEYS[2], {})])
+        assert one.get(KEYS[1]) == {} and other.get(KEYS[2]) is None
+
+
+def test_a_torn_line_of_another_run_is_not_read_before_it_is_whole_or_gone(tmp_path: Path) -> None:
+    with Journal(tmp_path) as one, (tmp_path / "journal.jsonl").open("ab") as other:
+        one.add([(KEY, {})])
+        other.write(b'{"version": 1, "key"')
+        other.flush()
+        one.refresh()
+        assert len(one) == 1
+        one.add([(KEYS[1], {})])
+    with Journal(tmp_path) as journal:
+        assert len(journal) == 2
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_only_what_did_not_fit(tmp_path: Path) -> None:
+    program = textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        from cca_attention.autotune.journal import Journal, JournalError, Key
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        with Journal(Path(sys.argv[1])) as journal:
+            for n in range(100):
+                try:
+                    journal.add([(Key("compile", "k", "0", "p", f"n={n}", "sm_80", "3.7.1"), {"note": "z" * 3000})])
+                except JournalError as error:
+                    print(n, error)
+                    break
+    """)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    number, _, message = done.stdout.strip().partition(" ")
+    assert message == f"{tmp_path / 'journal.jsonl'} cannot be written: File too large", done
+    with Journal(tmp_path) as journal:
+        assert len(journal) == int(number) == 6
+        journal.add([(KEY, {})])
+    with Journal(tmp_path) as journal:
+        assert len(journal) == 7
+
+
+def test_a_run_that_is_killed_again_and_again_loses_nothing_that_was_finished() -> None:
+    """At 60 random moments; `python tests/data/killed_runs.py 200` does it 200 times."""
+    program = Path(__file__).parent / "data" / "killed_runs.py"
+    done = subprocess.run([sys.executable, str(program), "60"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    kills, completed, finished = map(int, done.stdout.split())
+    assert kills == 60 and completed >= 1 and finished > 100
+
+
 def test_two_runs_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys
