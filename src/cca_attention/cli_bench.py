@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .bench.record import Record
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+LISTS = ("--ctx", "--batch")
 NONE = "none"
 EPILOG = """Examples: cca-bench all --json R.json --plots plots; cca-bench prefill --ctx 32768,131072 --peers cudnn;
 cca-bench show R.json --markdown; cca-bench plot R.json --output plots
@@ -38,7 +39,9 @@ def bench() -> None:
 
 
 def _list(option: str, description: str) -> Any:
-    return typer.Option(option, metavar="N,N", help=f"{description}, with commas between; default: the suite's.")
+    return typer.Option(
+        option, metavar="N,N", help=f"{description}, with commas or spaces between; default: the suite's."
+    )
 
 
 def _measures(suites: Sequence[str]) -> Callable[..., int]:
@@ -117,7 +120,18 @@ def plot_record(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-bench`; ends the process with its exit code."""
-    sys.exit(run_app(app, "cca-bench", arguments))
+    sys.exit(run_app(app, "cca-bench", _joined(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--ctx 1024 2048` as `--ctx 1024,2048`: both are natural, and typer takes one value of an option."""
+    found: list[str] = []
+    for argument in arguments:
+        if len(found) > 1 and found[-2] in LISTS and argument[:1].isdigit():
+            found[-1] = f"{found[-1].rstrip(',')},{argument.lstrip(',')}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -126,7 +140,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise Refused(f"{option} must be whole numbers with commas between, got {text!r}") from error
+        raise Refused(f"{option} must be whole numbers with commas or spaces between, got {text!r}") from error
     if min(found) < 1:
         raise Refused(f"{option} must be at least 1, got {min(found)}")
     return found
