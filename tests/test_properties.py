@@ -150,6 +150,16 @@ def test_a_check_that_compares_nothing_is_not_ok(monkeypatch: pytest.MonkeyPatch
     assert not result.ok
 
 
+def test_more_is_drawn_while_nothing_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planted(case: Case) -> list[Comparison]:
+        whole = torch.zeros(case.problem.seq_len - 1, dtype=torch.float64)
+        return [compare("planted", whole, Bounded(whole, whole + 0.5))]
+
+    monkeypatch.setitem(registry._CHECKS, "planted", Check("planted", "forward", (), planted))
+    result = run_property("planted", examples=1, derandomize=True)
+    assert result.ok and 0 < result.classes[property_run.EMPTY] < result.examples
+
+
 def test_a_run_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, False)
     first, again, other = (run_property("planted", examples=20, derandomize=True, seed=seed) for seed in (7, 7, 8))

@@ -42,6 +42,8 @@ COMMON: dict[str, Any] = {
 }
 EMPTY = "compares nothing"
 """The class of cases on which a check had nothing to compare."""
+MORE = (0, 8, 32)
+"""Examples beyond those asked for, tried in turn while no example compared anything: hypothesis' first is the least."""
 
 
 class PropertyFailedError(AssertionError):
@@ -99,7 +101,7 @@ def run_property(
 
     Args:
         check_name: a key of `registry.checks`.
-        examples: how many cases to draw.
+        examples: how many cases to draw; more, up to a limit, if all of them leave the check nothing to compare.
         seed: of the draw; None: a new one, or with `derandomize` always the same, of the check's name.
         device, dtypes: see `strategies.cases`.
         shrink: look for the least case that fails; without it the first one is reported as it is.
@@ -117,11 +119,14 @@ def run_property(
         *([Phase.shrink] if shrink else []),
     ]
     database = None if derandomize else DirectoryBasedExampleDatabase(".hypothesis/examples")
-    limits = settings(max_examples=examples, phases=phases, database=database, **COMMON)
     began = time.monotonic()
     failures: tuple[Failure, ...] = ()
     try:
-        hypothesis.seed(seed)(limits(hypothesis.given(case=drawn)(run.example)))()
+        for more in MORE:
+            limits = settings(max_examples=examples + more, phases=phases, database=database, **COMMON)
+            hypothesis.seed(seed)(limits(hypothesis.given(case=drawn)(run.example)))()
+            if run.count > run.classes[EMPTY]:
+                break
     except Exception as error:  # hypothesis raises what the least failing example raised
         if run.failed is None:
             raise

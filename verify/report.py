@@ -83,7 +83,8 @@ def _findings(results: Sequence[Result]) -> str:
 
 def _repeat(result: Result) -> str:
     lines = {"case": result.case, "config": result.config or "", "hypothesis": result.blob}
-    lines |= {"where": result.facts.get("where", "")}
+    steps = "".join(f"\n  {step}" for step in result.facts.get("steps", ()))
+    lines |= {"where": result.facts.get("where", ""), "steps": steps}
     text = "\n".join(f"{name}: {value}" for name, value in lines.items() if value)
     return f"<details><summary>to repeat it</summary><pre>{escape(text)}</pre></details>" if text else ""
 
