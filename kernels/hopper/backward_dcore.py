@@ -17,20 +17,21 @@ from ..primitives import LOG2_E, first_query_of_core
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, turns
 
 
 @gluon.jit
 def locate(item, sizes, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """(batch, core head, first core, tiles of queries); a head's first cores, which most queries see, come first."""
-    seq_len, num_cores, core_heads, _, _ = sizes
-    columns = gl.cdiv(num_cores, BLOCK_KEYS)
-    first_c = item % columns * BLOCK_KEYS
+    """(batch, core head, first core, tiles of queries); the first cores of all heads come first."""
+    seq_len, num_cores, core_heads, items, _ = sizes
+    heads = items // gl.cdiv(num_cores, BLOCK_KEYS)
+    head = item % heads
+    first_c = item // heads * BLOCK_KEYS
     last_c = gl.minimum(first_c + BLOCK_KEYS, num_cores) - 1
     start = first_query_of_core(first_c, GROUP_SIZE, WINDOW_SIZE)
     full = first_query_of_core(last_c, GROUP_SIZE, WINDOW_SIZE)
     tiles = query_tiles(start, full, seq_len, seq_len, BLOCK_Q)
-    return item // columns // core_heads, item // columns % core_heads, first_c, tiles
+    return head // core_heads, head % core_heads, first_c, tiles
 
 
 @gluon.jit
@@ -43,9 +44,9 @@ def feed(
     q_desc, dout_desc, k_desc, v_desc = descriptors
     seq_len, _, core_heads, items, q_per_core = sizes
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, core_head, first_c, tiles = locate(item, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
-        feed_keys(item, batch, core_head, first_c, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
+    for turn in range(turns(items)):
+        batch, core_head, first_c, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+        feed_keys(turn, batch, core_head, first_c, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
         count = feed_queries(
             batch, core_head * q_per_core, q_per_core, core_heads * q_per_core, tiles, seq_len, count,
             q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars, BLOCK_Q, HEAD_DIM, NUM_STAGES,
@@ -64,14 +65,14 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, core_head, first_c, tiles = locate(item, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+    for turn in range(turns(items)):
+        batch, core_head, first_c, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
         first_c += GROUP * HALF
         offs_c = first_c + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
         first_query = first_query_of_core(offs_c, GROUP_SIZE, WINDOW_SIZE)
         last_query = gl.full([HALF], 0, gl.int32, layout=gl.SliceLayout(1, SCORES)) + (seq_len - 1)
         dk, dv, count = gather(
-            item, GROUP, q_per_core, tiles_smem, bars, first_query, last_query, tiles, count,
+            turn, GROUP, q_per_core, tiles_smem, bars, first_query, last_query, tiles, count,
             SCALE * LOG2_E, BLOCK_Q, HEAD_DIM, NUM_STAGES, SCORES, GRADS,
         )  # fmt: skip
         mbarrier.arrive(bars[1].index(GROUP), count=1)
@@ -91,7 +92,7 @@ def backward_dcore_hopper_kernel(
     BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
 ):
     # fmt: on
-    """Persistent: each program takes every `num_programs`-th tile of cores."""
+    """Persistent: each program takes the tiles of cores that `item_of` gives it."""
     tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     gl.warp_specialize(
@@ -115,7 +116,7 @@ class BackwardDcoreHopperConfig(QueryTilesConfig):
 
 def default_config(problem: Problem, arch: str) -> BackwardDcoreHopperConfig:
     """A config that runs every `problem` of these kernels."""
-    return BackwardDcoreHopperConfig(block_q=64, num_stages=2)
+    return BackwardDcoreHopperConfig(block_q=64, num_stages=3)
 
 
 def launch_backward_dcore_hopper(

@@ -17,7 +17,7 @@ from ..primitives import LOG2_E, last_query_of_token
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, turns
 
 
 @gluon.jit
@@ -43,9 +43,9 @@ def feed(
     q_desc, dout_desc, k_desc, v_desc = descriptors
     seq_len, _, kv_heads, items, q_per_kv, _ = sizes
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, first, tiles = locate(item, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
-        feed_keys(item, batch, kv_head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
+    for turn in range(turns(items)):
+        batch, kv_head, first, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+        feed_keys(turn, batch, kv_head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
         count = feed_queries(
             batch, kv_head * q_per_kv, q_per_kv, kv_heads * q_per_kv, tiles, seq_len, count,
             q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars, BLOCK_Q, HEAD_DIM, NUM_STAGES,
@@ -113,13 +113,13 @@ def compute(
     k = tiles_smem[4].index(GROUP).reshape([HALF, HEAD_DIM])
     v = tiles_smem[5].index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, first, tiles = locate(item, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+    for turn in range(turns(items)):
+        batch, kv_head, first, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
         first += GROUP * HALF
         first_query = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
         last_query = gl.minimum(last_query_of_token(first_query, GROUP_SIZE, WINDOW_SIZE), seq_len - 1)
         dk, dv, count = gather(
-            item, GROUP, q_per_kv, tiles_smem, bars, first_query, last_query, tiles, count,
+            turn, GROUP, q_per_kv, tiles_smem, bars, first_query, last_query, tiles, count,
             SCALE * LOG2_E, BLOCK_Q, HEAD_DIM, NUM_STAGES, SCORES, GRADS,
         )  # fmt: skip
         rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
@@ -148,7 +148,7 @@ def backward_dkv_hopper_kernel(
     COMPUTE: gl.constexpr,
 ):
     # fmt: on
-    """Persistent: each program takes every `num_programs`-th tile of tokens."""
+    """Persistent: each program takes the tiles of tokens that `item_of` gives it."""
     tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     pooled = (q_ptr, q_strides, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr)

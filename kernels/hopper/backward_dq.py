@@ -22,7 +22,7 @@ from ..backward_dq import allocate, work
 from ..primitives import LOG2_E
 from ..tunable import Tunable
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors, slot, turn_of
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, slot, turns
 from .queries import (
     BLOCK_Q,
     SPACE,
@@ -56,14 +56,17 @@ def sweep(
     SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
     NUM_STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, GRADS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles first .. end - 1; `ds` are the slopes of the tile before, whose keys are still to be added to dq."""
+    """Tiles first .. end - 1; `ds` are the slopes of the tile before, whose keys are still to be added to dq.
+
+    They are zero where there is none, which is at tile 0.
+    """
     k_smem, v_smem = keys_smem
     _, _, k_ready, k_free, v_ready, v_free = bars
     HALF: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]
     for number in range(first, end):
         stage, parity = slot(count, NUM_STAGES)
-        before = (count - 1) % NUM_STAGES
+        before = gl.where(number == 0, stage, (count - 1) % NUM_STAGES)
         is_core, key = key_at(number, tiles, BLOCK_K)
         k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
         v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
@@ -81,40 +84,10 @@ def sweep(
         mbarrier.arrive(v_free.index(stage), count=1)
         wide = probs * (dprobs - delta[:, None])
         dq = warpgroup_mma_wait(0, deps=[dq])
-        mbarrier.arrive(k_free.index(before), count=1)
+        mbarrier.arrive(k_free.index(before), count=1, pred=number != 0)
         ds = gl.convert_layout(wide.to(k_smem.dtype), gl.DotOperandLayout(0, GRADS, 2))
         count += 1
     return ds, dq, count
-
-
-@gluon.jit
-def first_slopes(
-    q, dout, keys_smem, bars, lse2, delta, offs_q, tiles, count,
-    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
-    NUM_STAGES: gl.constexpr, SCORES: gl.constexpr, GRADS: gl.constexpr,
-):  # fmt: skip
-    """The slopes of tile 0, which is at an edge, as every tile of queries has its own tokens."""
-    k_smem, v_smem = keys_smem
-    _, _, k_ready, _, v_ready, v_free = bars
-    HALF: gl.constexpr = q.shape[0]
-    HEAD_DIM: gl.constexpr = q.shape[1]
-    stage, parity = slot(count, NUM_STAGES)
-    is_core, key = key_at(0, tiles, BLOCK_K)
-    blank = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
-    mbarrier.wait(k_ready.index(stage), parity)
-    k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
-    scores = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(stage), parity)
-    v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
-    dprobs = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    probs = probabilities(
-        scores, lse2, is_core, key, offs_q, SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, True, SCORES
-    )
-    dprobs = warpgroup_mma_wait(0, deps=[dprobs])
-    mbarrier.arrive(v_free.index(stage), count=1)
-    ds = probs * (dprobs - delta[:, None])
-    return gl.convert_layout(ds.to(k_smem.dtype), gl.DotOperandLayout(0, GRADS, 2))
 
 
 @gluon.jit
@@ -133,8 +106,8 @@ def compute(
     q = rows_smem[0].index(GROUP).reshape([HALF, HEAD_DIM])
     dout = rows_smem[1].index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, first_q = locate(item, sizes)
+    for turn in range(turns(items)):
+        batch, head, first_q = locate(item_of(turn), sizes)
         tiles, edges, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
         first_q += GROUP * HALF
         offs_q = first_q + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
@@ -142,14 +115,10 @@ def compute(
         lse2 = gl.load(lse_ptr + stats, mask=offs_q < seq_len, other=0.0) * LOG2_E
         delta = gl.load(delta_ptr + stats, mask=offs_q < seq_len, other=0.0)
         dq = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
-        mbarrier.wait(rows_ready.index(GROUP), turn_of(item) & 1)
-        ds = first_slopes(
-            q, dout, keys_smem, bars, lse2, delta, offs_q, tiles, count,
-            SCALE * LOG2_E, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, SCORES, GRADS,
-        )  # fmt: skip
-        count += 1
+        mbarrier.wait(rows_ready.index(GROUP), turn & 1)
+        ds = gl.zeros([HALF, BLOCK_K], k_smem.dtype, layout=gl.DotOperandLayout(0, GRADS, 2))
         for full in gl.static_range(2):
-            first, end = (1, edges) if full == 0 else (edges, total)
+            first, end = (0, edges) if full == 0 else (edges, total)
             ds, dq, count = sweep(
                 q, dout, keys_smem, bars, ds, dq, lse2, delta, offs_q, tiles, first, end, count,
                 SCALE * LOG2_E, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, GRADS,
@@ -183,7 +152,7 @@ def backward_dq_hopper_kernel(
     COMPUTE: gl.constexpr,
 ):
     # fmt: on
-    """Persistent: each program takes every `num_programs`-th tile of queries."""
+    """Persistent: each program takes the tiles of queries that `item_of` gives it."""
     rows_smem = (allocate_rows(q_desc, HEAD_DIM), allocate_rows(q_desc, HEAD_DIM))
     keys_smem, bars = allocate_keys(k_desc, BLOCK_K, HEAD_DIM, NUM_STAGES)
     key_descs = (k_desc, v_desc, k_core_desc, v_core_desc)
@@ -208,7 +177,7 @@ class BackwardDqHopperConfig(KeyTilesConfig):
 
 def default_config(problem: Problem, arch: str) -> BackwardDqHopperConfig:
     """A config that runs every `problem` of these kernels."""
-    return BackwardDqHopperConfig(block_k=64, num_stages=3)
+    return BackwardDqHopperConfig(block_k=64, num_stages=4)
 
 
 def launch_backward_dq_hopper(

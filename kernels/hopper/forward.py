@@ -22,7 +22,7 @@ from ..forward import allocate, work
 from ..primitives import LN_2, scale_log2
 from ..tunable import Tunable
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, multiprocessors, slot, turn_of
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, slot, turns
 from .queries import (
     BLOCK_Q,
     SPACE,
@@ -109,8 +109,8 @@ def compute(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     q = q_smem.index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, first_q = locate(item, sizes)
+    for turn in range(turns(items)):
+        batch, head, first_q = locate(item_of(turn), sizes)
         tiles, edges, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
         first_q += GROUP * HALF
         offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
@@ -122,7 +122,7 @@ def compute(
         is_core, key = key_at(0, tiles, BLOCK_K)
         k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
         scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
-        mbarrier.wait(q_ready.index(GROUP), turn_of(item) & 1)
+        mbarrier.wait(q_ready.index(GROUP), turn & 1)
         mbarrier.wait(k_ready.index(stage), parity)
         scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
@@ -162,7 +162,7 @@ def forward_hopper_kernel(
     BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
 ):
     # fmt: on
-    """Persistent: each program takes every `num_programs`-th tile of queries."""
+    """Persistent: each program takes the tiles of queries that `item_of` gives it."""
     q_smem = allocate_rows(q_desc, HEAD_DIM)
     keys_smem, bars = allocate_keys(k_desc, BLOCK_K, HEAD_DIM, NUM_STAGES)
     key_descs = (k_desc, v_desc, k_core_desc, v_core_desc)

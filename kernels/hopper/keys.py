@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..primitives import LOG2_E
 from .limits import HopperConfig
-from .pipeline import barriers, slot, turn_of
+from .pipeline import barriers, slot
 
 BLOCK_KEYS = gl.constexpr(128)
 """Keys of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
@@ -52,14 +52,14 @@ def allocate(q_desc, k_desc, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_
 
 
 @gluon.jit
-def feed_keys(item, batch, head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM: gl.constexpr):
+def feed_keys(turn, batch, head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM: gl.constexpr):
     """The keys and values of a tile, in halves."""
     k_smem, v_smem = tiles_smem[4], tiles_smem[5]
     HALF: gl.constexpr = BLOCK_KEYS // 2
     for half in gl.static_range(2):
         ready = bars[0].index(half)
         row = [batch, head, first + half * HALF, 0]
-        mbarrier.wait(bars[1].index(half), (turn_of(item) & 1) ^ 1)
+        mbarrier.wait(bars[1].index(half), (turn & 1) ^ 1)
         mbarrier.expect(ready, HALF * HEAD_DIM * 4)
         tma.async_copy_global_to_shared(k_desc, row, ready, k_smem.index(half))
         tma.async_copy_global_to_shared(v_desc, row, ready, v_smem.index(half))
@@ -70,7 +70,10 @@ def feed_queries(
     batch, first_head, heads, all_heads, tiles, seq_len, count, q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars,
     BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The queries of `heads` heads from `first_head` on, in the order that `sweep` takes them, with what is theirs."""
+    """The queries of `heads` heads from `first_head` on, in the order that `sweep` takes them, with what is theirs.
+
+    Those that see every key come last first: tiles of keys have their last queries in common, and find them in L2.
+    """
     q_smem, dout_smem, lse_smem, delta_smem, _, _ = tiles_smem
     _, _, q_ready, q_free, dout_ready, dout_free = bars
     start, left, full, right = tiles
@@ -79,7 +82,7 @@ def feed_queries(
         head = first_head + step // total
         number = step % total
         edge = number + gl.where(number < left, 0, full)
-        query = start + gl.where(number < left + right, edge, number - right) * BLOCK_Q
+        query = start + gl.where(number < left + right, edge, total + left - 1 - number) * BLOCK_Q
         stage, parity = slot(count, NUM_STAGES)
         ready = q_ready.index(stage)
         mbarrier.wait(q_free.index(stage), parity ^ 1)
@@ -100,13 +103,14 @@ def feed_queries(
 
 @gluon.jit
 def sweep(
-    k, v, dk, dv, tiles_smem, bars, first_query, last_query, tiles, count,
+    k, v, ds, dk, dv, tiles_smem, bars, first_query, last_query, tiles, begun, count,
     SCALE_LOG2: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, MASKED: gl.constexpr,
     SCORES: gl.constexpr, GRADS: gl.constexpr,
 ):  # fmt: skip
     """Add to dk (without the scale) and dv [K, D] what tiles of queries at the edges give (MASKED), or all the others.
 
-    Key j is seen by the queries first_query[j] .. last_query[j].
+    Key j is seen by the queries first_query[j] .. last_query[j]. `ds` are the slopes of the tile before, whose queries
+    are still to be added to dk; zero if there is none, which is when `count` is `begun`.
     """
     q_smem, dout_smem, lse_smem, delta_smem, _, _ = tiles_smem
     _, _, q_ready, q_free, dout_ready, dout_free = bars
@@ -117,53 +121,60 @@ def sweep(
     PROBS: gl.constexpr = gl.DotOperandLayout(0, GRADS, 2)
     for number in range(left + right if MASKED else full):
         stage, parity = slot(count, NUM_STAGES)
+        before = gl.where(count == begun, stage, (count - 1) % NUM_STAGES)
         q = q_smem.index(stage).reshape([BLOCK_Q, HEAD_DIM])
         dout = dout_smem.index(stage).reshape([BLOCK_Q, HEAD_DIM])
         blank = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=SCORES)
         # keys by queries, so that the probabilities are a product's first operand as they come
         mbarrier.wait(q_ready.index(stage), parity)
         scores = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
+        dk = warpgroup_mma(ds, q_smem.index(before).reshape([BLOCK_Q, HEAD_DIM]), dk, is_async=True)
+        lse2 = lse_smem.index(stage).load(QUERIES)
+        scores, dk = warpgroup_mma_wait(0, deps=[scores, dk])
+        mbarrier.arrive(q_free.index(before), count=1, pred=count != begun)
         mbarrier.wait(dout_ready.index(stage), parity)
         dprobs = warpgroup_mma(v, dout.permute((1, 0)), blank, use_acc=False, is_async=True)
-        lse2 = lse_smem.index(stage).load(QUERIES)
-        scores = warpgroup_mma_wait(1, deps=[scores])
         probs = gl.exp2(scores * SCALE_LOG2 - lse2[None, :])
         if MASKED:
             query = start + (number + gl.where(number < left, 0, full)) * BLOCK_Q
             offs_q = query + gl.arange(0, BLOCK_Q, layout=QUERIES)
             visible = (offs_q[None, :] >= first_query[:, None]) & (offs_q[None, :] <= last_query[:, None])
             probs = gl.where(visible, probs, 0.0)
-        narrow = gl.convert_layout(probs.to(q_smem.dtype), PROBS)
-        dv = warpgroup_mma(narrow, dout, dv, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(probs.to(q_smem.dtype), PROBS), dout, dv, is_async=True)
         delta = delta_smem.index(stage).load(QUERIES)
         dprobs = warpgroup_mma_wait(1, deps=[dprobs])
         ds = gl.convert_layout((probs * (dprobs - delta[None, :])).to(q_smem.dtype), PROBS)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
-        dv = warpgroup_mma_wait(1, deps=[dv])
+        dv = warpgroup_mma_wait(0, deps=[dv])
         mbarrier.arrive(dout_free.index(stage), count=1)
-        dk = warpgroup_mma_wait(0, deps=[dk])
-        mbarrier.arrive(q_free.index(stage), count=1)
         count += 1
-    return dk, dv, count
+    return ds, dk, dv, count
 
 
 @gluon.jit
 def gather(
-    item, GROUP: gl.constexpr, heads, tiles_smem, bars, first_query, last_query, tiles, count,
+    turn, GROUP: gl.constexpr, heads, tiles_smem, bars, first_query, last_query, tiles, begun,
     SCALE_LOG2: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
     SCORES: gl.constexpr, GRADS: gl.constexpr,
 ):  # fmt: skip
     """dk (without the scale) and dv [K, D] of one half of a tile of keys, from the queries of `heads` heads."""
+    q_smem = tiles_smem[0]
     HALF: gl.constexpr = BLOCK_KEYS // 2
     k = tiles_smem[4].index(GROUP).reshape([HALF, HEAD_DIM])
     v = tiles_smem[5].index(GROUP).reshape([HALF, HEAD_DIM])
     dk = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
     dv = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
-    mbarrier.wait(bars[0].index(GROUP), turn_of(item) & 1)
+    ds = gl.zeros([HALF, BLOCK_Q], q_smem.dtype, layout=gl.DotOperandLayout(0, GRADS, 2))
+    count = begun
+    mbarrier.wait(bars[0].index(GROUP), turn & 1)
     for _ in range(heads):
         for full in gl.static_range(2):
-            dk, dv, count = sweep(
-                k, v, dk, dv, tiles_smem, bars, first_query, last_query, tiles, count,
+            ds, dk, dv, count = sweep(
+                k, v, ds, dk, dv, tiles_smem, bars, first_query, last_query, tiles, begun, count,
                 SCALE_LOG2, BLOCK_Q, NUM_STAGES, full == 0, SCORES, GRADS,
             )  # fmt: skip
+    if count != begun:
+        last = (count - 1) % NUM_STAGES
+        dk = warpgroup_mma(ds, q_smem.index(last).reshape([BLOCK_Q, HEAD_DIM]), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        mbarrier.arrive(bars[3].index(last), count=1)
     return dk, dv, count

@@ -18,6 +18,7 @@ HEAD_DIMS = (64, 128)
 TESTED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 """Whether this release of Triton is one that the kernels were tested with."""
 INTERPRETED = not isinstance(triton.language.sum, triton.JITFunction)
+"""Whether Triton's interpreter runs the portable kernels (TRITON_INTERPRET=1 when triton was imported)."""
 LEAST_FLOPS = 1e11
 """Below this, what the host takes to describe the tensors to TMA, about 0.1 ms, is more than the GPU saves."""
 
@@ -35,6 +36,8 @@ class HopperConfig(Config):
         """Why this config cannot run `problem`, or None."""
         if self.num_warps != 4:
             return f"num_warps {self.num_warps} is not 4, the warps of a matrix instruction"
+        if self.num_stages < 2:
+            return f"num_stages {self.num_stages} is below 2: a tile is still in use when the next one is"
         return smallest_block_refusal(self, problem) or refusal(problem)
 
 

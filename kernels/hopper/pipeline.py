@@ -44,6 +44,14 @@ def slot(count, NUM: gl.constexpr):
 
 
 @gluon.jit
-def turn_of(item):
-    """How many items this program has had before `item`: it takes every `num_programs`-th one."""
-    return item // gl.num_programs(0)
+def turns(items):
+    """How many of the items this program takes; `item_of` says which."""
+    whole = items // gl.num_programs(0)
+    return whole + gl.where(item_of(whole) < items, 1, 0)
+
+
+@gluon.jit
+def item_of(turn):
+    """The item of a turn: the programs take one each, in alternating order, so that falling sizes add up evenly."""
+    place = gl.program_id(0)
+    return turn * gl.num_programs(0) + gl.where(turn % 2 == 1, gl.num_programs(0) - 1 - place, place)

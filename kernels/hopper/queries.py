@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..primitives import key_of_tile, key_tiles, visibility
 from .limits import HopperConfig
-from .pipeline import barriers, slot, turn_of
+from .pipeline import barriers, item_of, slot, turns
 
 BLOCK_Q = gl.constexpr(128)
 """Queries of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
@@ -83,13 +83,13 @@ def feed(
     _, _, items, q_per_kv, q_per_core = sizes
     HALF: gl.constexpr = BLOCK_Q // 2
     count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, first_q = locate(item, sizes)
+    for turn in range(turns(items)):
+        batch, head, first_q = locate(item_of(turn), sizes)
         tiles, _, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
         for half in gl.static_range(2):
             ready = rows_ready.index(half)
             row = [batch, head, first_q + half * HALF, 0]
-            mbarrier.wait(rows_free.index(half), (turn_of(item) & 1) ^ 1)
+            mbarrier.wait(rows_free.index(half), (turn & 1) ^ 1)
             mbarrier.expect(ready, len(row_descs) * HALF * HEAD_DIM * 2)
             for i in gl.static_range(len(row_descs)):
                 tma.async_copy_global_to_shared(row_descs[i], row, ready, rows_smem[i].index(half))

@@ -8,20 +8,19 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .kernels import hopper
 from .kernels.backward_dkv import launch_backward_dcore, launch_backward_dkv
 from .kernels.backward_dq import launch_backward_dq, launch_delta
-from .kernels.forward import forward_kernel, launch_forward
+from .kernels.forward import launch_forward
 from .kernels.layout import Sequences
 from .kernels.pooling import launch_pooling, launch_pooling_backward
 from .kernels.tunable import Config, Tunable, accumulator_dtype
 from .problem import Problem
 from .spec import CCASpec
 
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+INTERPRETED = hopper.INTERPRETED
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when triton was imported)."""
 
 
