@@ -24,7 +24,7 @@ from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
 
 __all__ = [
     "ProfileError", "ProfileNotFound", "bundled_folder", "load_profile", "make_profile", "merged", "profile_files",
-    "read_profile", "update_profile", "user_folder", "write_profile",
+    "read_profile", "update_profile", "user_folder", "write_profile", "write_text",
 ]  # fmt: skip
 
 _EVIDENCE_RANK = {"default": 0, "modelled": 1, "transferred": 2, "measured": 3}
@@ -86,6 +86,11 @@ def write_profile(profile: Profile, path: Path) -> None:
     content = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
     content = {name: value for name, value in content.items() if value or name in ("entries", "kernels")}
     text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step; on any failure what was there stays, and nothing else."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
