@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from .. import kernels
 from ..kernels import primitives
 from ..kernels.tunable import Config, Tunable
 
+NO_KERNEL_CODE = ("tunable", "layout", "limits")
 KERNEL_ABI = 1
 """What the fields of the kernels' configs mean; raised when a value would no longer mean what it did."""
 
@@ -61,12 +63,13 @@ def _content(path: Path) -> bytes:
 def source_hash(kernel: str) -> str:
     """sha256 of what defines `kernel`: the file of its config and launcher, and what it shares with others.
 
-    That is primitives.py, and the files of their own that some kernels import from.
+    That is primitives.py, and the files beside its own that it imports from, but for those that only say what can run
+    or how sequences lie.
     """
     source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
-    text = _content(source).decode()
-    beside = [source.with_name(f"{name}.py") for name in ("pipeline", "keys", "queries", "decode_parts") if f"from .{name} " in text]
+    imported = re.findall(r"^from \.(\w+) import", _content(source).decode(), re.MULTILINE)
+    beside = [source.with_name(f"{name}.py") for name in imported if name not in NO_KERNEL_CODE]
     digest = hashlib.sha256()
-    for path in (source, Path(primitives.__file__), *beside):
+    for path in dict.fromkeys((source, Path(primitives.__file__), *beside)):
         digest.update(_content(path))
     return digest.hexdigest()
