@@ -93,7 +93,7 @@ def test_decode_is_the_oracles_row(p: Problem, step: int, device: str) -> None:
 
 @pytest.mark.parametrize("family", ["rising", "falling"])
 def test_the_largest_logit_may_come_in_any_tile(family: str, device: str) -> None:
-    """Of a long group in append_kernel, and of many raw tokens in decode_kernel."""
+    """Of a long group that is pooled, and of many raw tokens that are attended to."""
     check(problem(q_heads=1, group_size=40, seq_len=44), 11, device, family=family)
 
 
