@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-import triton
-
-from ..kernels.tunable import Config
+from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import tunables
 from ..verify.child import Child, ChildFailedError
@@ -18,31 +17,40 @@ from ..verify.gate import TIMEOUT_S, run_request
 from ..verify.gate_cases import SEED
 from .record import Evidence
 
-WORKERS = 4
+WORKERS = 12
+"""Processes of the gate at most: most of its time goes into compiling."""
+
+Key = tuple[str, Config, Problem]
+"""A kernel, its config, and the kind of problem that it is judged for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A kernel that a call launched: its function's name and the loaded binary, which differs by constants."""
+    """A launch of one of our kernels: the function's name, and the choices that it was compiled for."""
 
     function: str
-    binary: int
+    options: str = ""
 
 
 @contextmanager
 def launches() -> Iterator[set[Launched]]:
-    """What is launched while this lasts; the interpreter launches nothing."""
+    """What is launched of tunable kernels while this lasts."""
     seen: set[Launched] = set()
 
-    def note(metadata: Any) -> None:
-        found = metadata.get()
-        seen.add(Launched(found["name"], found["function"]))
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, str))}
+        seen.add(Launched(function.fn.__name__, repr(sorted(chosen.items()))))
+        return type(function).run(function, *args, **kwargs)
 
-    triton.knobs.runtime.launch_enter_hook.add(note)
+    tunables()
+    functions = {id(f): f for tunable in Tunable.REGISTRY.values() for f in tunable.kernels}.values()
+    for function in functions:
+        function.run = partial(watched, function)
     try:
         yield seen
     finally:
-        triton.knobs.runtime.launch_enter_hook.remove(note)
+        for function in functions:
+            del function.run
 
 
 def kernels_of(launched: Iterable[Launched], arch: str) -> list[str]:
@@ -61,26 +69,29 @@ class Gate:
 
     def __init__(self, check: Callable[[dict[str, Any]], dict[str, Any]] = run_request) -> None:
         self._check = check
-        self._verdicts: dict[tuple[str, Config, Problem], dict[str, Any]] = {}
+        self._verdicts: dict[Key, dict[str, Any]] = {}
         self._children: list[Child] = []
 
     def admit(self, configs: dict[str, Config], problem: Problem) -> list[Evidence]:
         """Evidence for these kernels with these configs, on problems of this kind; over 1 where one is wrong."""
-        kind = _kind(problem)
-        wanted = [
-            (name, config, kind) for name, config in configs.items() if (name, config, kind) not in self._verdicts
-        ]
-        if wanted:
-            self._children += [Child(interpret=False) for _ in range(min(WORKERS, len(wanted)) - len(self._children))]
-            idle = list(self._children)
-            with ThreadPoolExecutor(len(idle)) as pool:
-                try:
-                    answers = list(pool.map(lambda key: self._ask(idle, *key), wanted))
-                except BaseException:
-                    self.close()  # else the threads, and who leaves the pool, would wait for their answers
-                    raise
-            self._verdicts.update(zip(wanted, answers, strict=True))
-        return [_evidence(name, self._verdicts[name, config, kind]) for name, config in configs.items()]
+        keys = [(name, config, kind_of(problem)) for name, config in configs.items()]
+        self.ask(keys)
+        return [_evidence(key[0], self._verdicts[key]) for key in keys]
+
+    def ask(self, keys: Iterable[Key]) -> None:
+        """Have these judged, all at a time, but for those that were."""
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._verdicts]
+        if not wanted:
+            return
+        self._children += [Child(interpret=False) for _ in range(min(WORKERS, len(wanted)) - len(self._children))]
+        idle = list(self._children)
+        with ThreadPoolExecutor(len(idle)) as pool:
+            try:
+                answers = list(pool.map(lambda key: self._ask(idle, *key), wanted))
+            except BaseException:
+                self.close()  # else the threads, and who leaves the pool, would wait for their answers
+                raise
+        self._verdicts.update(zip(wanted, answers, strict=True))
 
     def _ask(self, idle: list[Child], kernel: str, config: Config, problem: Problem) -> dict[str, Any]:
         if refusal := config.refusal(problem):
@@ -104,7 +115,7 @@ class Gate:
         self._children.clear()
 
 
-def _kind(problem: Problem) -> Problem:
+def kind_of(problem: Problem) -> Problem:
     """`problem` without the sizes that the gate replaces by small ones anyway."""
     ratio = problem.q_heads // problem.kv_heads
     return replace(problem, batch=1, kv_heads=1, q_heads=ratio, seq_len=1)
