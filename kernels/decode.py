@@ -306,27 +306,14 @@ def launch_decode(
     """
     _check_launch(q, k, k_core, v_core, k_raw, v_raw, spec)
     for first in range(0, q.shape[2], spec.window_size):
-        new = [x[:, :, first : first + spec.window_size] for x in (q, k, v, out)]
-        state = (k_core, v_core, k_raw, v_raw, next_seen if first else seen)
-        _launch_step(*new, *state, next_seen, spec, config, max_tokens)
+        new = tuple(x[:, :, first : first + spec.window_size] for x in (q, k, v, out))
+        state = (k_core, v_core, k_raw, v_raw, next_seen if first else seen, next_seen)
+        _launch_step(new + state, spec, config, max_tokens)
 
 
-def _launch_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    k_core: Tensor,
-    v_core: Tensor,
-    k_raw: Tensor,
-    v_raw: Tensor,
-    seen: Tensor,
-    next_seen: Tensor,
-    spec: CCASpec,
-    config: DecodeConfig,
-    max_tokens: int,
-) -> None:
-    """One step, of at most w tokens."""
+def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfig, max_tokens: int) -> None:
+    """One step, of at most w tokens; `tensors` are those that `launch_decode` takes."""
+    q, k, v, out, k_core, v_core, k_raw, v_raw, seen, next_seen = tensors
     batch, q_heads, new, head_dim = q.shape
     kv_heads, core_heads, splits = k.shape[1], k_core.shape[1], config.splits_core + config.splits_raw
     acc = q.new_empty(batch, q_heads, new, splits, head_dim, dtype=accumulator_dtype(q.dtype))
