@@ -54,6 +54,15 @@ def test_what_they_cannot_run_is_said(change: dict[str, Any], said: str | None) 
     assert found is None if said is None else re.search(said, found or "")
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("values", "said"), [({"num_stages": 1}, "num_stages 1 is below 2"), ({"num_warps": 8}, "num_warps 8 is not 4")]
+)
+def test_a_config_that_cannot_work_is_refused(name: str, values: dict[str, int], said: str) -> None:
+    found = tunables("sm_90")[name].config(**values).refusal(Problem(**BASE))
+    assert found is not None and said in found
+
+
 COMPILE = """
 import json
 from cca_attention import Problem
