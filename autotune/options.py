@@ -111,6 +111,24 @@ def seconds(text: str) -> float:
     return value
 
 
+def sizes(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers above 0 with commas between, each once, ascending."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+    if found[0] < 1:
+        raise ValueError(f"{option} must be at least 1, got {found[0]}")
+    return tuple(found)
+
+
+def limit(option: str, value: float | None) -> float | None:
+    """A limit: a finite number above 0, or None."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{option} must be a number above 0, got {value:g}")
+    return value
+
+
 def directions(text: str) -> tuple[str, ...]:
     """The directions of some phases, with commas between: "prefill,decode"."""
     names = [name.strip() for name in text.split(",")]

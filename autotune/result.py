@@ -25,6 +25,7 @@ from ..profiles.schema import (
     Latency,
     Margin,
     MeasurementPolicy,
+    ParetoPoint,
     Predicted,
     Profile,
     SearchRecord,
@@ -41,8 +42,8 @@ from .race import speedup
 from .report import baseline_us
 
 
-def profile_of(request: Request, kernels: Sequence[Progress]) -> Profile:
-    """The profile of the kernels that have a verified choice."""
+def profile_of(request: Request, kernels: Sequence[Progress], pareto: tuple[ParetoPoint, ...] = ()) -> Profile:
+    """The profile of the kernels that have a verified choice; `pareto`: where its semantics come from."""
     settled = [kernel for kernel in kernels if kernel.chosen is not None]
     return make_profile(
         device=_identity(request.device),
@@ -58,6 +59,7 @@ def profile_of(request: Request, kernels: Sequence[Progress]) -> Profile:
         policy={k.name: MeasurementPolicy(**asdict(policy_of(k.name))) for k in settled if k.rounds},
         search={kernel.name: _search(request, kernel) for kernel in settled},
         semantic=Semantics.of(request.problem),
+        pareto=pareto,
         kernels={kernel.name: source_hash(kernel.name) for kernel in settled},
         entries=[_entry(request, kernel) for kernel in settled],
     )

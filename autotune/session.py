@@ -12,6 +12,7 @@ from ..profiles.schema import Profile
 from ..profiles.store import ProfileError, merged, read_profile, write_profile
 from .journal import Journal
 from .progress import Progress, Request, plan
+from .recommend import Found
 from .report import choice_table, display_for
 from .result import profile_of, summary_of
 from .tune import Tuner
@@ -28,16 +29,20 @@ class Session:
         requests: what to tune, for one device; at least one.
         output: the profile to write or to add to, after each run.
         words: where to say what goes on. `quiet`: say nothing there.
+        found: the front over group and window size that the requests come from, to be kept in the profile.
 
     Raises:
         SessionError: if there is a file at `output` that cannot be added to.
     """
 
-    def __init__(self, requests: Sequence[Request], output: Path, words: Console, *, quiet: bool) -> None:
+    def __init__(
+        self, requests: Sequence[Request], output: Path, words: Console, *, quiet: bool, found: Found | None = None
+    ) -> None:
         self._requests = requests
         self._output = output
         self._words = words
         self._quiet = quiet
+        self._found = found
         self._held = _held(requests[0], output)
         self.runs: list[tuple[Request, list[Progress]]] = []
         self.written = False
@@ -62,7 +67,7 @@ class Session:
     def _write(self, request: Request, kernels: list[Progress]) -> None:
         settled = [kernel for kernel in kernels if kernel.chosen is not None]
         if settled:
-            profile = profile_of(request, settled)
+            profile = profile_of(request, settled, () if self._found is None else self._found.pareto)
             self._held = profile if self._held is None else merged(self._held, profile)
             write_profile(self._held, self._output)
             self.written = True
@@ -74,6 +79,7 @@ class Session:
             "device": request.device.name,
             "evidence": "measured" if request.at_hand else "modelled",
             "profile": str(self._output) if self.written else None,
+            "semantics": None if self._found is None else self._found.summary,
             "runs": [summary_of(request, kernels) for request, kernels in self.runs],
         }
 

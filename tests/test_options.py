@@ -17,9 +17,11 @@ from cca_attention.autotune.options import (
     buckets,
     directions,
     effort,
+    limit,
     model_shape,
     model_table,
     seconds,
+    sizes,
 )
 from cca_attention.problem import Problem
 
@@ -74,6 +76,17 @@ def test_a_budget(text: str, value: float) -> None:
 def test_a_budget_that_is_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"--budget must be a time such as 90s, 10m or 1h, got"):
         seconds(text)
+
+
+def test_sizes_and_limits() -> None:
+    assert sizes("--group-sizes", "16, 8,16") == (8, 16)
+    for text, said in (("", "must be whole numbers with commas between, got ''"), ("0,4", "must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=f"--group-sizes {said}"):
+            sizes("--group-sizes", text)
+    assert limit("--max-error", 0.5) == 0.5 and limit("--max-error", None) is None
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--max-error must be a number above 0, got"):
+            limit("--max-error", value)
 
 
 def test_phases() -> None:

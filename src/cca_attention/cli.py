@@ -15,14 +15,18 @@ from .problem import Problem
 from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .autotune.devices import Device
     from .autotune.options import Bucket
     from .autotune.progress import Request
+    from .autotune.recommend import Found
     from .kernels.tunable import Tunable
 
 MOST_JOBS = 8
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EFFORTS = ("quick", "standard", "exhaustive")
+PREFERENCES = ("knee", "latency", "memory", "quality")
 STRATEGIES = ("racing", "exhaustive", "coordinate", "evolutionary", "optuna")
 HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
 """What is tuned where neither a model nor an option says otherwise."""
@@ -61,6 +65,13 @@ def tune(
     effort: Annotated[str, choice("--effort", "How much is tried.", *EFFORTS)] = "standard",
     strategy: Annotated[str, choice("--strategy", "How configs to time are searched.", *STRATEGIES)] = "racing",
     candidates: Annotated[int | None, number("--candidates", "Configs of a kernel at most; 0: all.")] = None,
+    search_semantics: Annotated[bool, typer.Option("--search-semantics", help="Search group and window.")] = False,
+    group_sizes: Annotated[str, typer.Option("--group-sizes", help="Group sizes to search.")] = "4,8,16,32,64",
+    window_sizes: Annotated[str, typer.Option("--window-sizes", help="Windows to search.")] = "256,512,1024,2048,4096",
+    max_kv_ratio: Annotated[float | None, typer.Option("--max-kv-ratio", help="Cache over full attention's.")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", help="Relative L2 from full attention.")] = None,
+    prefer: Annotated[str, choice("--prefer", "Of the front, which.", *PREFERENCES)] = "knee",
+    qkv: Annotated[Path | None, typer.Option("--qkv", help="Activations for the error: a .safetensors file.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time for searching on the GPU: 90s, 10m.")] = None,
     seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
     allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
@@ -80,7 +91,7 @@ def tune(
     device = _device(gpu)
     output = output or Path(f"{device.name}.yaml")
     check_output("--output", output)
-    return _run(_requests(given, problems, device), output, as_json=as_json, quiet=quiet, allow_busy=allow_busy)
+    return _run(_requests(given, problems, device), output, as_json=as_json, quiet=quiet, given=given)
 
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
@@ -181,16 +192,21 @@ def _chosen_tunables(given: dict[str, Any], arch: str | None) -> tuple[Tunable, 
     return tuple(known[name] for name in left)
 
 
-def _run(requests: Sequence[Request], output: Path, *, as_json: bool, quiet: bool, allow_busy: bool = False) -> int:
+def _run(
+    requests: Sequence[Request], output: Path, *, as_json: bool, quiet: bool, given: dict[str, Any] | None = None
+) -> int:
     from rich.console import Console
 
     from .autotune.journal import JournalError
     from .autotune.session import Session, SessionError
 
-    if requests[0].at_hand and not allow_busy:
+    given, words = given or {}, Console(stderr=True, quiet=quiet)
+    results = words if as_json else Console()
+    if requests[0].at_hand and not given.get("allow_busy"):
         _check_idle()
     try:
-        session = Session(requests, output, Console(stderr=True, quiet=quiet), quiet=quiet)
+        found = _recommended(requests, given, words, results) if given.get("search_semantics") else None
+        session = Session(requests if found is None else [found.request], output, words, quiet=quiet, found=found)
         settled = session.run()
     except (JournalError, SessionError) as error:
         raise Refused(str(error)) from error
@@ -199,8 +215,36 @@ def _run(requests: Sequence[Request], output: Path, *, as_json: bool, quiet: boo
         raise Refused(message, INTERRUPTED) from error
     if as_json:
         typer.echo(json.dumps(session.summary(), indent=2))
-    session.show(Console(stderr=True, quiet=quiet) if as_json else Console())
+    session.show(results)
     return OK if settled else WRONG
+
+
+def _recommended(requests: Sequence[Request], given: dict[str, Any], words: Console, results: Console) -> Found:
+    """The front over group and window size, and the request for the preferred pair."""
+    from .autotune import options
+    from .autotune.recommend import BuiltIn, Found, LatencyError, front_table, recommend
+    from .autotune.semantics import EmptyError, Limits
+    from .autotune.tensors_file import TensorsFileError
+
+    if len(requests) > 1:
+        raise Refused(f"--search-semantics takes one --ctx, got {given['ctx']}")
+    if given["prefer"] not in PREFERENCES:
+        hint = options.suggestion(given["prefer"], PREFERENCES)
+        raise Refused(f"--prefer must be one of {', '.join(PREFERENCES)}, got {given['prefer']!r}{hint}")
+    try:
+        limits = Limits(
+            options.limit("--max-kv-ratio", given["max_kv_ratio"]), options.limit("--max-error", given["max_error"])
+        )
+        grid = (
+            options.sizes("--group-sizes", given["group_sizes"]),
+            options.sizes("--window-sizes", given["window_sizes"]),
+        )
+        with BuiltIn(requests[0]) as latency:
+            outcome = recommend(requests[0], grid, limits, given["prefer"], given["qkv"], latency, words.print)
+    except (EmptyError, TensorsFileError, LatencyError, ValueError) as error:
+        raise Refused(str(error)) from error
+    results.print(front_table(outcome))
+    return Found.of(requests[0], outcome, "generated data" if given["qkv"] is None else given["qkv"].name)
 
 
 def _check_idle() -> None:
