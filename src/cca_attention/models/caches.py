@@ -64,9 +64,9 @@ class _DynamicLayer(_Layer):
         new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return self.length + new, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
-        # before transformers 5.17 a positive number is what is kept
-        n = tokens_to_remove if tokens_to_remove <= 0 else min(0, tokens_to_remove - self.length)
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        n = int(tokens_to_remove)
+        n = min(0, n - self.length) if n > 0 else n  # before transformers 5.17 a positive number is what is kept
         if n and self.state is not None:
             self.state.crop(n)
             self.length += n
