@@ -12,7 +12,7 @@ tokens, so that none of them sees a group that the step completes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -249,7 +249,8 @@ class DecodeConfig(Config):
 
     def launch_args(self) -> dict[str, int]:
         """Keyword arguments of the launch: all but Triton's own upper-cased to their constexpr names."""
-        return {k if k.startswith("num_") else k.upper(): v for k, v in asdict(self).items()}
+        names = [field.name for field in fields(self)]
+        return {name if name.startswith("num_") else name.upper(): getattr(self, name) for name in names}
 
 
 SPACE = {

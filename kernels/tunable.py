@@ -8,7 +8,8 @@ and the offline compiler know kernels only through this type.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import product
 from typing import Any, ClassVar, Protocol
 
@@ -41,7 +42,8 @@ class Config:
 
     def launch_args(self) -> dict[str, int]:
         """Keyword arguments of the launch: blocks upper-cased to their constexpr names."""
-        return {k.upper() if k.startswith("block_") else k: v for k, v in asdict(self).items()}
+        names = [field.name for field in fields(self)]
+        return {name.upper() if name.startswith("block_") else name: getattr(self, name) for name in names}
 
 
 def smallest_block_refusal(config: Config, problem: Problem) -> str | None:
@@ -53,6 +55,7 @@ def smallest_block_refusal(config: Config, problem: Problem) -> str | None:
     return Config.refusal(config, problem)
 
 
+@cache
 def padded_dim(head_dim: int) -> int:
     """The power of two that a tile's last axis has: at least `head_dim` and at least 16."""
     return max(16, int(triton.next_power_of_2(head_dim)))
