@@ -42,7 +42,7 @@ def evidence(check: str, errors: Iterator[float], dtype: torch.dtype) -> Evidenc
 def forward_errors(run: Pass, spec: CCASpec) -> Iterator[float]:
     """Of sampled rows of out, the last row of all among them."""
     for batch, head, row in _drawn(run.q, ROWS):
-        yield _error(run.out[batch, head, row], _row(run, spec, batch, head, row)[0])
+        yield _error(run.out[batch, head, row], _row(run, spec, batch, head, row).out)
 
 
 def backward_errors(run: Pass, spec: CCASpec) -> Iterator[float]:
@@ -53,7 +53,8 @@ def backward_errors(run: Pass, spec: CCASpec) -> Iterator[float]:
     for batch, head, row in _drawn(run.q, ROWS):
         # the last query of a group has also the gradient of its pooling weights
         row -= int(g > 1 and row % g == g - 1)
-        yield _error(dq[batch, head, row], _row(run, spec, batch, head, row)[1])
+        right = _row(run, spec, batch, head, row)
+        yield _error(dq[batch, head, row], right.dq, right.by_delta)
     groups = spec.num_groups(run.q.shape[2])
     for batch, kv_head, row in _drawn(run.k[:, :, :groups], GROUPS if groups else 0):
         members = slice(row * g, (row + 1) * g)
@@ -92,8 +93,9 @@ def _drawn(x: Tensor, count: int) -> Iterator[tuple[int, int, int]]:
         yield next(drawn), next(drawn), next(drawn) if number else x.shape[2] - 1
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    size = expected.abs().max()
+def _error(actual: Tensor, expected: Tensor, more: float = 0.0) -> float:
+    """The largest error, relative to the largest entry and what may come on top of it."""
+    size = expected.abs().max() + more
     return float((actual.double() - expected).abs().max() / size) if size else float(actual.abs().max())
 
 
@@ -105,8 +107,19 @@ def _team(q: Tensor, k: Tensor, spec: CCASpec, head: int) -> slice:
     return slice(head // size * size, (head // size + 1) * size)
 
 
-def _row(run: Pass, spec: CCASpec, batch: int, head: int, row: int) -> tuple[Tensor, Tensor]:
-    """out and, of a row that ends no group, dq of one row, both (D,)."""
+class _Row(NamedTuple):
+    """out and, of a row that ends no group, dq (D,).
+
+    `by_delta`: how far delta moves dq for an out that is off by as much as itself. Where dq cancels, as in a row of two
+    tokens, the rounding of out counts for more than dq's own.
+    """
+
+    out: Tensor
+    dq: Tensor
+    by_delta: float
+
+
+def _row(run: Pass, spec: CCASpec, batch: int, head: int, row: int) -> _Row:
     q, k, v = run.q, run.k, run.v
     kv_head, scale = head * k.shape[1] // q.shape[1], spec.softmax_scale(q.shape[3])
     cores = spec.visible_cores(row)
@@ -122,8 +135,10 @@ def _row(run: Pass, spec: CCASpec, batch: int, head: int, row: int) -> tuple[Ten
         for core, x in zip(pooled, (k, v), strict=True)
     )
     probs = torch.softmax(scale * keys @ q[batch, head, row].double(), 0)
-    slopes = values @ run.dout[batch, head, row].double()
-    return probs @ values, scale * (probs * (slopes - probs @ slopes)) @ keys
+    dout, out = run.dout[batch, head, row].double(), probs @ values
+    slopes = values @ dout
+    by_delta = scale * float((dout * out).abs().sum() * (probs @ keys).abs().max())
+    return _Row(out, scale * (probs * (slopes - probs @ slopes)) @ keys, by_delta)
 
 
 def _group(run: Pass, spec: CCASpec, batch: int, kv_head: int, group: int) -> tuple[Tensor, Tensor]:
