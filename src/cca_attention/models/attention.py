@@ -51,13 +51,13 @@ def attention_function(
     spec = settings.spec(options.get("scaling"))
     layer = getattr(key, "cca_layer", None)
     if layer is None:
-        return _stateless(query, key, value, spec, mask, settings.handle()).transpose(1, 2), None
+        return _stateless(query, key, value, spec, mask, settings.profile).transpose(1, 2), None
     if mask.packed and mask.sequences is not None:
         raise ValueError("position_ids restart (packed documents), which a cache cannot hold: pass use_cache=False")
     return layer.attend(query, key, value, spec, mask.sequences).transpose(1, 2), None
 
 
-def _stateless(query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, mask: Mask, profile: str) -> Tensor:
+def _stateless(query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, mask: Mask, profile: str | None) -> Tensor:
     """(B, Hq, T, D) of whole sequences."""
     batch, _, tokens, _ = query.shape
     if tokens != key.shape[2]:
@@ -70,7 +70,7 @@ def _stateless(query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, mask: M
         query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
     out: Tensor = cca_attention(  # type: ignore[assignment]
         query, key, value, group_size=spec.group_size, window_size=spec.window_size, core_heads=spec.core_heads,
-        pooling=spec.pooling, scale=spec.scale, profile=profile or None, **where,
+        pooling=spec.pooling, scale=spec.scale, profile=profile, **where,
     )  # fmt: skip
     return out[0].unflatten(1, (batch, tokens)).transpose(0, 1) if mask.packed and batch > 1 else out
 

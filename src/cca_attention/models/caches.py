@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from .. import cache_op
+from ..attention import register_profile
 from ..cache import CCACache
 from ..spec import CCASpec
 from .settings import Settings
@@ -51,7 +52,7 @@ class _DynamicLayer(_Layer):
         if self.state is None:
             self.state = CCACache(
                 spec, batch=query.shape[0], q_heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[3],
-                dtype=query.dtype, device=query.device, rollback=self.rollback, profile=self.settings.handle() or None,
+                dtype=query.dtype, device=query.device, rollback=self.rollback, profile=self.settings.profile,
             )  # fmt: skip
         if bounds is None and self.state.seen:
             return self.state.decode(query, key, value)
@@ -103,7 +104,7 @@ class _StaticLayer(_Layer):
         self.is_initialized = True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
-        profile = self.settings.handle()
+        profile = register_profile(self.settings.profile)
         return cache_op.append(
             query, key, value, bounds, self.storage, spec, max_tokens=self.max_cache_len, profile=profile
         )

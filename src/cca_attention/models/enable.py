@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from ..attention import register_profile
 from ..problem import check_heads
 from ..spec import CoreHeads, Pooling, check_choice
 from .caches import CCADynamicCache, CCAStaticCache
@@ -54,7 +55,7 @@ def enable(
         group_size=group_size, window_size=window_size, core_heads=core_heads, pooling=pooling, profile=profile,
         layers=None if everywhere else chosen, replaces=decoder.config._attn_implementation,
     )  # fmt: skip
-    settings.spec(), settings.handle()  # both raise for what cannot be
+    settings.spec(), register_profile(profile)  # both raise for what cannot be
     decoder.set_attn_implementation(NAME)
     settings.save(decoder.config)
     decoder.register_forward_pre_hook(prepare, with_kwargs=True)

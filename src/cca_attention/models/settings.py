@@ -6,10 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-
-from ..attention import register_profile
-from ..profiles.store import ProfileNotFound
 from ..spec import CCASpec, CoreHeads, Pooling
 
 NAME = "cca"
@@ -49,24 +45,3 @@ class Settings:
     def spec(self, scale: float | None = None) -> CCASpec:
         """What a layer with this softmax scale computes."""
         return CCASpec(self.group_size, self.window_size, self.core_heads, self.pooling, scale)
-
-    def handle(self) -> str:
-        """The profile as the ops take it."""
-        handle: str = _handle(self.profile)
-        return handle
-
-
-_HANDLES: dict[str | None, str] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _handle(profile: str | None) -> str:
-    """What `register_profile` gives; for "auto" the built-in configs where there is no profile for the GPU at hand."""
-    if profile not in _HANDLES:
-        try:
-            _HANDLES[profile] = register_profile(profile)
-        except ProfileNotFound:
-            if profile != "auto":
-                raise
-            _HANDLES[profile] = ""
-    return _HANDLES[profile]
