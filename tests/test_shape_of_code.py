@@ -22,8 +22,7 @@ MAX_FUNCTION, MAX_KERNEL_BODY = 40, 90
 MAX_KERNEL_ARGUMENTS = 32
 DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-READS_ENVIRONMENT = {"profiles/places.py": 'os.environ.get(ENVIRONMENT, "")'}
-"""The one exception, once: in which folders a user keeps profiles."""
+READS_ENVIRONMENT = {"profiles/places.py": 'os.environ.get(ENVIRONMENT, "")'}  # in which folders profiles are
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -235,13 +234,9 @@ RULES = [
             plant("import os\nx = os.environ['X']"),
             plant("import os as system\nx = system.getenv('X')"),
             plant("from os import environ"),
-            plant('x = os.environ.get(ENVIRONMENT, "")'),
-            plant('x = os.environ.get(ENVIRONMENT, "")\n' * 2, "profiles/places.py"),
+            *(plant(f"{text}\n" * 2, path) for path, text in READS_ENVIRONMENT.items()),
         ),
-        good=(
-            plant("import os\nx = os.cpu_count()"),
-            plant('x = os.environ.get(ENVIRONMENT, "")', "profiles/places.py"),
-        ),
+        good=(plant("import os\nx = os.cpu_count()"), *(plant(text, path) for path, text in READS_ENVIRONMENT.items())),
     ),
     Rule(
         public_names_have_docstrings,
