@@ -184,7 +184,7 @@ ARROWS: dict[str, set[str]] = {
     "terminal": set(),
     "cli_bench": FRONT | {"bench", "autotune", "terminal"},
     **dict.fromkeys(
-        ("cli", "cli_verify", "cli_profile", "pytest_plugin"),
+        ("cli", "cli_runs", "cli_verify", "cli_profile", "pytest_plugin"),
         FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},
     ),
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_runs
 from .problem import Problem
 from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .autotune.options import Bucket
     from .autotune.progress import Request
     from .autotune.recommend import Found
+    from .autotune.session import Session
     from .kernels.tunable import Tunable
 
 MOST_JOBS = 8
@@ -38,6 +40,8 @@ EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
 
 It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it. Another:
 cca-tune --model llama3.1-8b --ctx 4096..131072 --phase prefill,decode --budget 10m
+
+Finished runs and known GPUs: cca-tune devices, explain, diff, replay, report (each with --help).
 
 Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong usage, nothing was begun;
 3 no usable GPU; 130 interrupted, what was finished is kept and the same command goes on from there."""
@@ -96,7 +100,9 @@ def tune(
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-tune`; ends the process with its exit code."""
-    sys.exit(run_app(app, "cca-tune", arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    looks = given[:1] != [] and given[0] in cli_runs.COMMANDS
+    sys.exit(run_app(cli_runs.app if looks else app, "cca-tune", given))
 
 
 def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:
@@ -216,7 +222,20 @@ def _run(
     if as_json:
         typer.echo(json.dumps(session.summary(), indent=2))
     session.show(results)
+    _keep(session, requests[0], words)
     return OK if settled else WRONG
+
+
+def _keep(session: Session, request: Request, words: Console) -> None:
+    """Keep the run, for `cca-tune explain` and its like."""
+    from .autotune.record import record_of, write_record
+
+    try:
+        path = write_record(record_of(session), request.cache_folder)
+    except OSError as error:
+        words.print(f"the run cannot be kept: {error}", style="red", markup=False, soft_wrap=True)
+    else:
+        words.print(f"the run is kept: {path}; see cca-tune explain, cca-tune report", highlight=False, soft_wrap=True)
 
 
 def _recommended(requests: Sequence[Request], given: dict[str, Any], words: Console, results: Console) -> Found:
