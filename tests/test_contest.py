@@ -94,6 +94,17 @@ def time_us(config: Any) -> float:
     return 100.0 - config.block_q / 8 - config.block_k / 16 - config.num_warps
 
 
+def test_what_the_gate_found_holds_for_every_length_and_for_no_other_kind_of_problem(toy: Any) -> None:
+    keys = Keys(find_device("a100"), PROBLEM, "a card")
+    config = toy.ToyConfig()
+    for changes, same in (({"seq_len": 8192}, True), ({"batch": 3}, True), ({"group_size": 8}, False)):
+        other = replace(keys, problem=replace(PROBLEM, **changes))
+        assert (other.of("verify", toy.TOY, config) == keys.of("verify", toy.TOY, config)) == same
+        assert other.of("measure", toy.TOY, config) != keys.of("measure", toy.TOY, config)
+    assert replace(keys, card=None).of("verify", toy.TOY, config) != keys.of("verify", toy.TOY, config)
+    assert keys.of("recheck", toy.TOY, config) != keys.of("verify", toy.TOY, config)
+
+
 def test_every_round_has_the_built_in_config_and_its_samples_are_kept(toy: Any, tmp_path: Path) -> None:
     kernel, _ = contest(toy, tmp_path, time_us)
     assert all(kernel.default in found for found in kernel.rounds) and len(kernel.rounds) >= 6

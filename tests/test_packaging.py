@@ -185,7 +185,7 @@ ARROWS: dict[str, set[str]] = {
     "cli_bench": FRONT | {"bench", "autotune", "terminal"},
     **dict.fromkeys(
         ("cli", "cli_runs", "cli_verify", "cli_profile", "pytest_plugin"),
-        FRONT | {"__init__", "verify", "autotune", "ci", "terminal"},
+        FRONT | {"__init__", "verify", "autotune", "ci", "terminal", "cli_runs"},
     ),
 }
 SHARED_BY_KERNELS = {

@@ -21,7 +21,6 @@ from rich.console import Console
 from cca_attention.autotune.compile import target_of
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.journal import Journal
-from cca_attention.autotune.keys import Keys
 from cca_attention.autotune.measure import Timing, sample
 from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.progress import Progress, Request, plan
@@ -169,17 +168,6 @@ def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tm
     again = run(request)
     assert (again.chosen, again.quarantined) == (found.chosen, found.quarantined)
     assert (tmp_path / "journal.jsonl").read_bytes() == journal
-
-
-def test_what_the_gate_found_holds_for_every_length_and_for_no_other_kind_of_problem(toy: Any) -> None:
-    keys = Keys(find_device("a100"), PROBLEM, "a card")
-    config = toy.ToyConfig()
-    for changes, same in (({"seq_len": 8192}, True), ({"batch": 3}, True), ({"group_size": 8}, False)):
-        other = replace(keys, problem=replace(PROBLEM, **changes))
-        assert (other.of("verify", toy.TOY, config) == keys.of("verify", toy.TOY, config)) == same
-        assert other.of("measure", toy.TOY, config) != keys.of("measure", toy.TOY, config)
-    assert replace(keys, card=None).of("verify", toy.TOY, config) != keys.of("verify", toy.TOY, config)
-    assert keys.of("recheck", toy.TOY, config) != keys.of("verify", toy.TOY, config)
 
 
 def test_a_kernel_that_is_always_wrong_is_given_up(toy: Any, tmp_path: Path) -> None:
