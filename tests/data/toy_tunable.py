@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cca_attention.kernels.tunable import Config, Tunable, Work
 from cca_attention.problem import Problem
+from cca_attention.profiles.configs import source_hash
 from cca_attention.verify.gate import Evidence
 
 HEAD_DIM = 64
@@ -144,7 +145,7 @@ def time_it(module: str, name: str, config: ToyConfig, problem: Problem) -> list
 
 def evidence(ok: bool, message: str = "") -> Evidence:
     """What a verification might have found."""
-    return Evidence(ok, "toy/1", 7, 3, 0.25, "interpreter", message, "0" * 64, "passed" if ok else "wrong")
+    return Evidence(ok, "toy/1", 7, 3, 0.25, "interpreter", message, source_hash("toy"), "passed" if ok else "wrong")
 
 
 def accept(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
