@@ -127,7 +127,7 @@ def test_layers_that_are_not_chosen_compute_what_they_did(recorder: Recorder) ->
     cache = CCADynamicCache(model.config)
     assert [type(layer).__name__ for layer in cache.layers] == ["_DynamicLayer", "DynamicLayer", "_DynamicLayer"]
     enable(model, G, W, layers="all")
-    assert model.config.cca["layers"] is None and logits(model).isfinite().all()
+    assert model.config.cca["layers"] == "all" and logits(model).isfinite().all()
 
 
 def test_all_layers_sliding_are_replaced_only_when_told() -> None:
@@ -183,6 +183,10 @@ def test_the_name_alone_attends_with_the_defaults_or_what_was_saved(tmp_path: Pa
     )
     with pytest.raises(ValueError, match="past_key_values must be a CCADynamicCache"):
         again.generate(IDS, max_new_tokens=3)
+    enable(again, G, W)
+    again.generate(IDS, max_new_tokens=3, use_cache=None)
+    disable(again)
+    assert again.config._attn_implementation == "sdpa"
 
 
 def test_models_made_after_replace_attn_forward_have_it() -> None:

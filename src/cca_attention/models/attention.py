@@ -32,17 +32,18 @@ def attention_function(
         attention_mask: what `mask_function` returned.
 
     Returns:
-        (B, T, Hq, D) and None.
-
-    Raises:
-        ValueError: naming the setting that CCA attention cannot follow.
+        (B, T, Hq, D) and None. A ValueError names the setting that CCA attention cannot follow.
     """
     settings = Settings.of(module.config)
     mask = Mask() if attention_mask is None else attention_mask
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask must be (batch, tokens), true for real tokens, got {tuple(mask.shape)}")
     if not settings.covers(module.layer_idx):  # type: ignore[arg-type]
-        return _kept(module, settings.replaces)(module, query, key, value, mask.kept, **options)  # type: ignore[no-any-return]
+        own = sys.modules[type(module).__module__]  # where "eager" is, beside the module's class
+        kept = (
+            own.eager_attention_forward if settings.replaces == "eager" else ALL_ATTENTION_FUNCTIONS[settings.replaces]
+        )
+        return kept(module, query, key, value, mask.kept, **options)  # type: ignore[no-any-return]
     for name, refusal in _REFUSED.items():
         if options.get(name):
             raise ValueError(refusal)
@@ -73,12 +74,3 @@ def _stateless(query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, mask: M
         pooling=spec.pooling, scale=spec.scale, profile=profile, **where,
     )  # fmt: skip
     return out[0].unflatten(1, (batch, tokens)).transpose(0, 1) if mask.packed and batch > 1 else out
-
-
-def _kept(module: nn.Module, name: str) -> Any:
-    """The attention function of that name; "eager" is the one beside the module's class."""
-    return (
-        sys.modules[type(module).__module__].eager_attention_forward
-        if name == "eager"
-        else ALL_ATTENTION_FUNCTIONS[name]
-    )

@@ -14,14 +14,16 @@ from ..cache import CCACache
 from ..spec import CCASpec
 from .settings import Settings
 
-ROLLBACK = 64
-"""Tokens that `crop` can always take back: the longest draft that assisted decoding may try."""
+ROLLBACK = 64  # the longest draft that assisted decoding may try
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
     """What both kinds share: `update` hands the new keys on with a mark, by which the attention function finds it."""
 
     is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -44,9 +46,6 @@ class _DynamicLayer(_Layer):
         super().__init__()
         self.settings, self.rollback, self.length = settings, rollback, 0
         self.state: CCACache | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
         if self.state is None:
@@ -101,13 +100,11 @@ class _StaticLayer(_Layer):
         if not torch.compiler.is_compiling():
             for tensor in (*self.storage, self.length):
                 torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
+        super().lazy_initialization(key_states, value_states)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
-        profile = register_profile(self.settings.profile)
-        return cache_op.append(
-            query, key, value, bounds, self.storage, spec, max_tokens=self.max_cache_len, profile=profile
-        )
+        how: dict[str, Any] = {"max_tokens": self.max_cache_len, "profile": register_profile(self.settings.profile)}
+        return cache_op.append(query, key, value, bounds, self.storage, spec, **how)
 
     def get_max_length(self) -> int:
         return self.max_cache_len

@@ -34,26 +34,26 @@ def enable(
     Args:
         model: a decoder of transformers 5 that calls its attention interface: Llama, Qwen2, Qwen3, Mistral, Gemma, ...
         group_size: tokens that one core token stands for. window_size: raw tokens that every query sees at least.
-        core_heads: "kv" (the smallest cache) or "query" (the published code).
+        core_heads: "kv" (the smallest cache) or "query" (the published code). pooling: "last_query" or "mean".
         profile: where the launch configs come from: a name or path for `load_profile`, "auto" (that of the GPU at
             hand, if there is one), None (the built-in ones). Never changes what is computed.
         layers: "full": those with full attention, so that a sliding window is kept; "all"; or numbers from 0.
-        pooling: "last_query" or "mean".
 
-    Raises:
-        TypeError, ValueError: naming the argument or the model's setting that CCA cannot follow, and what to do.
+    A TypeError or ValueError names the argument or the model's setting that CCA cannot follow, and what to do.
     """
     decoder = _decoder(model)
     disable(decoder)
-    modules = {x.layer_idx: x for x in decoder.modules() if _is_attention(x)}
+    marks = ("layer_idx", "head_dim", "is_causal")  # of an attention module
+    modules = {x.layer_idx: x for x in decoder.modules() if all(hasattr(x, mark) for mark in marks)}
     _check_model(decoder, modules)
     chosen = _chosen(layers, list(modules), decoder.config)
     for index in chosen:
         _check_layer(f"layers: {index} cannot be CCA,", modules[index], decoder.config)
-    everywhere = len(chosen) == decoder.config.num_hidden_layers
+    before = decoder.config._attn_implementation
     settings = Settings(
         group_size=group_size, window_size=window_size, core_heads=core_heads, pooling=pooling, profile=profile,
-        layers=None if everywhere else chosen, replaces=decoder.config._attn_implementation,
+        layers="all" if len(chosen) == decoder.config.num_hidden_layers else chosen,
+        replaces="sdpa" if before == NAME else before,
     )  # fmt: skip
     settings.spec(), register_profile(profile)  # both raise for what cannot be
     decoder.set_attn_implementation(NAME)
@@ -74,21 +74,15 @@ def disable(model: PreTrainedModel) -> None:
 
 
 def load(path: str, **options: Any) -> PreTrainedModel:
-    """The causal language model saved at `path`, attending with CCA as it did then.
+    """The causal language model saved at `path`, attending with CCA as it did then; a ValueError if it did not.
 
-    Args:
-        options: for ``AutoModelForCausalLM.from_pretrained``.
-
-    Raises:
-        ValueError: if it was saved without CCA.
+    `options` are for ``AutoModelForCausalLM.from_pretrained``.
     """
     model = AutoModelForCausalLM.from_pretrained(path, **options)
-    config = _decoder(model).config
-    if getattr(config, NAME, None) is None:
+    saved = getattr(_decoder(model).config, NAME, None)
+    if saved is None:
         raise ValueError(f"path: the config in {path} has no {NAME!r}: load it with transformers, then enable(model)")
-    saved = Settings.of(config)
-    layers: Layers = "all" if saved.layers is None else saved.layers
-    enable(model, saved.group_size, saved.window_size, saved.core_heads, saved.profile, layers, saved.pooling)
+    enable(model, **{name: value for name, value in saved.items() if name != "replaces"})
     return model
 
 
@@ -97,17 +91,13 @@ def replace_attn_forward(group_size: int = 16, window_size: int = 1024, pool_fun
 
     As there, every query head pools for itself. Unlike there, no class is changed, and a sliding window is kept.
 
-    Args:
-        pool_func: "cca" (weights of the last query) or "mean".
-
-    Returns:
-        A handle; its ``remove()`` ends it.
+    `pool_func` is "cca" (weights of the last query) or "mean". ``remove()`` of what is returned ends it.
     """
     check_choice("pool_func", pool_func, ("cca", "mean"))
-    pooling: Pooling = "mean" if pool_func == "mean" else "last_query"
 
     def registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         if isinstance(parent, PreTrainedModel) and isinstance(child, PreTrainedModel) and parent.can_generate():
+            pooling: Pooling = "mean" if pool_func == "mean" else "last_query"
             enable(child, group_size, window_size, "query", pooling=pooling)
 
     return nn.modules.module.register_module_module_registration_hook(registered)
@@ -120,11 +110,11 @@ def prepare(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         raise ValueError("output_attentions must be false: CCA never forms the weights; disable(model) shows them")
     if cache is not None:
         return args, {**kwargs, "past_key_values": _with_cca_layers(cache, decoder.config)}
-    caches = kwargs.get("use_cache", decoder.config.use_cache)
+    caches = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if kwargs.get("attention_mask") is None:
         if positions is None:  # says so, since under torch.compile transformers takes all for packed
             given = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-            kwargs = {**kwargs, "attention_mask": Mask(tokens=given.shape[1])}
+            kwargs = {**kwargs, "attention_mask": Mask(shape=(given.shape[1],))}
         elif caches and not torch.compiler.is_compiling():
             caches = bool((positions.diff(dim=-1) == 1).all())  # packed documents have no cache
     if caches and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -148,10 +138,7 @@ def _with_cca_layers(cache: Cache, config: Any) -> Cache:
         if any(getattr(layer, "record_past", False) for layer in cache.layers):  # assisted decoding asked for it
             made.activate_past_recording()
         return made
-    raise ValueError(
-        "past_key_values must be a CCADynamicCache(model.config) or a CCAStaticCache(model.config, max_cache_len), "
-        f"got {mistake}"
-    )
+    raise ValueError(f"past_key_values must be a CCADynamicCache or a CCAStaticCache of model.config, got {mistake}")
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -162,17 +149,10 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_decoder()
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("layer_idx", "head_dim", "is_causal"))
-
-
 def _check_model(decoder: PreTrainedModel, modules: dict[Any, nn.Module]) -> None:
     """Raise unless the model's attention can be exchanged."""
-    config = decoder.config
-    if getattr(config, "alibi", False):
-        raise ValueError(
-            "alibi must be false: CCA attention adds no bias to the scores; take a model with rotary positions"
-        )
+    if getattr(decoder.config, "alibi", False):
+        raise ValueError("alibi must be false: CCA adds no bias to the scores; take a model with rotary positions")
     if not modules or not decoder._can_set_attn_implementation():
         raise ValueError(
             f"model: the attention of {type(decoder).__name__} cannot be exchanged (ALiBi, or an older form); "
@@ -188,10 +168,7 @@ def _check_layer(place: str, module: nn.Module, config: Any) -> None:
         raise ValueError(f"{place} attn_logit_softcapping is not supported: leave it out, or set it to None")
     if getattr(module, "sinks", None) is not None:
         raise ValueError(f"{place} attention sinks are not supported: leave it out")
-    try:
-        check_heads(config.num_attention_heads, config.num_key_value_heads, module.head_dim)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"{place} leave it out: {error}") from error
+    check_heads(config.num_attention_heads, config.num_key_value_heads, module.head_dim)  # type: ignore[arg-type]
 
 
 def _chosen(layers: Layers, present: list[int], config: Any) -> list[int]:

@@ -17,69 +17,46 @@ class Mask(NamedTuple):
 
     `sequences` int32: None: every row is one sequence; with `packed` the cu_seqlens of all rows laid end to end; else
     (B, 2), the first and one past the last real token of each row. `kept` is the mask of the layers that are not CCA.
-    With nothing but `tokens`, given as attention_mask: neither padding nor packed documents.
+    Given as attention_mask with nothing but a shape: there is neither padding nor packed documents.
     """
 
     sequences: Tensor | None = None
     packed: bool = False
     kept: Any = None
-    tokens: int = 0
-
-    @property
-    def shape(self) -> tuple[int]:
-        """As of a mask of that many tokens."""
-        return (self.tokens,)
-
-    @property
-    def ndim(self) -> int:
-        """As of a finished mask: transformers does not look into it."""
-        return 4
+    shape: tuple[int, ...] = (0,)
+    ndim: int = 4  # as of a finished mask: transformers does not look into it
 
     def contiguous(self) -> Mask:
         """Itself: `generate` asks for this before compiled decoding."""
         return self
 
 
-_NOT_CAUSAL = (
-    "attention_mask: tokens of this model see later ones (an encoder, image tokens) or not all of the past, which CCA "
-    "attention cannot follow: leave such layers out of `layers`, or use another attn_implementation"
-)
+_NOT_CAUSAL = "attention_mask: tokens of this model see later ones (an encoder, image tokens), or not all of the past: "
+_NOT_CAUSAL += "CCA attention cannot follow that, call disable(model)"
 
 
 def mask_function(
-    *,
-    batch_size: int,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
-    attention_mask: Tensor | Mask | None = None,
-    use_vmap: bool = False,
-    config: Any = None,
-    device: torch.device | str = "cpu",
-    **rest: Any,
-) -> Mask | None:
+    *, batch_size: int, mask_function: Callable[..., Tensor] = causal_mask_function, use_vmap: bool = False,
+    attention_mask: Tensor | Mask | None = None, config: Any = None, device: torch.device | str = "cpu", **rest: Any,
+) -> Mask | None:  # fmt: skip
     """The mask that transformers' models ask for under the name "cca".
 
     Args:
         mask_function: which tokens each token sees: the past, or that of its packed document.
         attention_mask: (B, N) bool, true for real tokens; the last columns are those of the queries.
 
-    Raises:
-        ValueError: for a mask that is not causal, or padding between real tokens.
+    A ValueError says that the mask is not causal, or that there is padding between real tokens.
     """
     if isinstance(attention_mask, Mask) and (attention_mask.sequences is not None or attention_mask.kept is not None):
         return attention_mask  # finished before
     if use_vmap:  # a model's own and_mask_function or or_mask_function
         raise ValueError(_NOT_CAUSAL)
-    padding = None if isinstance(attention_mask, Mask) else attention_mask
+    padding, given = None if isinstance(attention_mask, Mask) else attention_mask, {"config": config, **rest}
     settings, kept, sequences = Settings.of(config), None, None
-    if settings.layers is not None and settings.replaces in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+    if settings.layers != "all" and settings.replaces in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         kept = ALL_MASK_ATTENTION_FUNCTIONS[settings.replaces](
-            batch_size=batch_size,
-            mask_function=mask_function,
-            attention_mask=padding,
-            config=config,
-            device=device,
-            **rest,
-        )
+            batch_size=batch_size, mask_function=mask_function, attention_mask=padding, device=device, **given
+        )  # fmt: skip
     position = rest.get("cache_position")  # of transformers before 5.8
     tokens, offset = (rest["q_length"], rest["q_offset"]) if position is None else (position.shape[0], position[0])
     packed = mask_function is not causal_mask_function and attention_mask is None

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from ..spec import CCASpec, CoreHeads, Pooling
 
-NAME = "cca"
-"""The name of the attention in transformers, and of the settings in a model's config."""
+NAME = "cca"  # of the attention in transformers, and of the settings in a model's config
 
 Layers = Literal["full", "all"] | Iterable[int]
 
@@ -18,7 +17,7 @@ Layers = Literal["full", "all"] | Iterable[int]
 class Settings:
     """One model's CCA attention: the arguments of `enable`.
 
-    `layers` are the numbers of the layers that are CCA (None: all), `replaces` the attention that the others keep.
+    `layers` are those that are CCA, `replaces` is the attention that the others keep.
     """
 
     group_size: int = 16
@@ -26,7 +25,7 @@ class Settings:
     core_heads: CoreHeads = "kv"
     pooling: Pooling = "last_query"
     profile: str | None = "auto"
-    layers: list[int] | None = None
+    layers: list[int] | Literal["all"] = "all"
     replaces: str = "sdpa"
 
     @classmethod
@@ -40,7 +39,7 @@ class Settings:
 
     def covers(self, layer: int) -> bool:
         """Whether this layer is CCA."""
-        return self.layers is None or layer in self.layers
+        return self.layers == "all" or layer in self.layers
 
     def spec(self, scale: float | None = None) -> CCASpec:
         """What a layer with this softmax scale computes."""
