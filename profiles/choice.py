@@ -66,13 +66,9 @@ def choose(
     if mode == "off":
         return built_in(kernel, problem, arch, "the mode is off")
     check_semantics(profile, problem)
-    found = _best(profile, kernel, problem, live)
     reasons = list(_distrust(profile, kernel, live))
-    if isinstance(found, Resolution) and not reasons:
-        resolution = found
-    else:
-        reasons += [] if isinstance(found, Resolution) else found
-        resolution = built_in(kernel, problem, arch, *reasons)
+    found = reasons or _best(profile, kernel, problem, live)
+    resolution = found if isinstance(found, Resolution) else built_in(kernel, problem, arch, *found)
     if mode == "strict":
         check_strictly(resolution, problem)
     return resolution

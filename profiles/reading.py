@@ -152,8 +152,8 @@ class _Header(BaseModel):
     semantic: SemanticBlock
 
 
-def read_header(path: Path, arch: str) -> tuple[DeviceIdentity, SemanticBlock] | None:
-    """The GPU and the semantics that a profile is for, without reading its entries; None if it is not for `arch`.
+def read_header(path: Path, arch: str = "") -> tuple[DeviceIdentity, SemanticBlock] | None:
+    """The GPU and the semantics that a profile is for, without reading its entries; None if it is not of `arch`.
 
     Raises:
         ProfileError: for a file that is no profile.

@@ -19,7 +19,7 @@ from .choice import Mode
 from .configs import KERNEL_ABI
 from .identity import SemanticBlock, Semantics, plain
 from .places import Place, bundled_folder, current_folder, places, user_folder
-from .reading import ProfileError, read_profile
+from .reading import ProfileError, read_header, read_profile
 from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EVIDENCE_RANK = {"default": 0, "modelled": 1, "transferred": 2, "measured": 3}
+_MAY_BE_EMPTY = ("policy", "search", "pareto", "resources", "failed", "dtypes", "layouts")
 _SCHEMA_LINE = re.compile(rb"^schema:\s*['\"]?cca-profile/", re.MULTILINE)
 
 
@@ -56,9 +57,9 @@ def load_profile(name: str | Path, mode: Mode = "checked") -> Profile:
     wanted = plain(_name_at_hand() if name == "auto" else name)
     looked = places() if name == "auto" else [current_folder(), *places()]
     for _, path in profile_files(looked):
-        profile = read_profile(path, mode)
-        if wanted in map(plain, profile.device.names):
-            return profile
+        header = read_header(path)
+        if header is not None and wanted in map(plain, header[0].names):
+            return read_profile(path, mode)
     folders = ", ".join(str(place.folder) for place in looked)
     raise ProfileNotFound(f"no profile for the GPU {name!r} in {folders}; to make one: {tune_command(name)}")
 
@@ -84,9 +85,17 @@ def profile_files(looked: Sequence[Place]) -> Iterator[tuple[Place, Path]]:
 def write_profile(profile: Profile, path: Path) -> None:
     """Write `profile` to `path`, replacing what is there only once the new file is whole and on disk."""
     content = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
-    content = {name: value for name, value in content.items() if value or name in ("entries", "kernels")}
-    text = yaml.safe_dump(content, sort_keys=False, width=110, default_flow_style=None)
+    text = yaml.safe_dump(_without_empty(content), sort_keys=False, width=110, default_flow_style=None)
     write_text(path, text)
+
+
+def _without_empty(block: Any) -> Any:
+    """`block` without the optional parts that say nothing."""
+    if isinstance(block, list):
+        return [_without_empty(item) for item in block]
+    if not isinstance(block, dict):
+        return block
+    return {name: _without_empty(item) for name, item in block.items() if item or name not in _MAY_BE_EMPTY}
 
 
 def write_text(path: Path, text: str) -> None:
