@@ -40,6 +40,11 @@ def known_kernel(kernel: str) -> Tunable:
     return known[kernel]
 
 
+@cache
+def _fields(config: type[Config]) -> set[str]:
+    return set(inspect.signature(config).parameters)
+
+
 def as_config(kernel: str, values: Mapping[str, int]) -> Config:
     """The config of `kernel` with these fields.
 
@@ -47,7 +52,7 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
         ValueError: for a kernel that there is not, or fields that are not exactly those of its config.
     """
     config = known_kernel(kernel).config
-    expected = set(inspect.signature(config).parameters)
+    expected = _fields(config)
     if expected != set(values):
         wrong = ", ".join(sorted(expected ^ set(values)))
         raise ValueError(f"a config of {kernel} has the fields {', '.join(sorted(expected))}; wrong here: {wrong}")
@@ -66,7 +71,7 @@ def source_hash(kernel: str) -> str:
     That is primitives.py, and the files beside its own that it imports from, but for those that only say what can run
     or how sequences lie.
     """
-    source = Path(inspect.getfile(Tunable.REGISTRY[kernel].config))
+    source = Path(inspect.getfile(known_kernel(kernel).config))
     imported = re.findall(r"^from \.(\w+) import", _content(source).decode(), re.MULTILINE)
     beside = [source.with_name(f"{name}.py") for name in imported if name not in NO_KERNEL_CODE]
     digest = hashlib.sha256()

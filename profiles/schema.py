@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ..kernels.tunable import HANDLES, Schedule
 from ..problem import Problem
 from .choice import Mode, ProfileMismatch, Resolution, choose
-from .configs import as_config
+from .configs import as_config, known_kernel
 from .evidence import (
     MOST,
     Baseline,
@@ -151,6 +151,11 @@ class Profile(Part):
         return self
 
     def _contradictions(self) -> Iterator[tuple[Location, str]]:
+        for kernel in self.kernels:
+            try:
+                known_kernel(kernel)
+            except ValueError as error:
+                yield ("kernels", kernel), str(error)
         seen: set[tuple[str, Problem]] = set()
         for index, entry in enumerate(self.entries):
             place, named = ("entries", index), f"the entry of {entry.kernel} for {entry.problem}"

@@ -121,6 +121,13 @@ def test_an_entry_that_contradicts_itself_is_refused(tmp_path: Path, change: dic
         read_profile(tmp_path / "a.yaml")
 
 
+def test_a_source_of_no_kernel_is_a_mistake(tmp_path: Path) -> None:
+    kernels = {"sideways": {"source_hash": "0"}, "forward": {"source_hash": source_hash("forward")}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content(kernels=kernels), sort_keys=False))
+    with pytest.raises(ProfileError, match=r"line \d+: no kernel is called 'sideways'; there are"):
+        read_profile(tmp_path / "a.yaml")
+
+
 def test_two_entries_for_one_problem_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="more than one entry for forward on B1-H32"):
         make(entry(), entry())

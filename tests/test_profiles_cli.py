@@ -94,7 +94,7 @@ def test_explain_says_which_config_and_why(cca: Any) -> None:
         (2, "no kernel is called 'sideways'", ["explain", "sideways", "--ctx", "8"]),
         (2, "--mode must be one of", ["explain", "forward", "--ctx", "8", "--mode", "hope"]),
         (2, "--dtype must be one of", ["explain", "forward", "--ctx", "8", "--dtype", "int8"]),
-        (2, "seq_len must be at least 1", ["explain", "forward", "--ctx", "0"]),
+        (2, "--ctx must be at least 1", ["explain", "forward", "--ctx", "0"]),
         (2, "no profile for the GPU 'h200'", ["show", "h200"]),
         (2, "there is no profile file none.yaml", ["diff", "a100.yaml", "none.yaml"]),
         (2, "--format must be one of vllm", ["export", "a100", "--format", "xml", "--output", "x"]),

@@ -284,7 +284,8 @@ def _or_refuse(call: Callable[[], T]) -> T:
         return call()
     except (ValueError, LookupError) as error:
         is_damaged = isinstance(error, ProfileError) and not isinstance(error, ProfileNotFound)
-        raise Refused(str(error.args[0]), WRONG if is_damaged else None) from error
+        message = str(error.args[0]).replace("seq_len must", "--ctx must").replace("q_heads must", "--heads must")
+        raise Refused(message, WRONG if is_damaged else None) from error
 
 
 def _read(path: Path) -> Profile:
