@@ -9,6 +9,7 @@ from ..kernels.tunable import Config
 from ..profiles.configs import as_config
 from ..profiles.live import minor_version
 from .keys import config_fields
+from .plan_quality import plan_quality
 from .race import BAND, MARGIN, Round, ranking
 from .record import RecordError
 from .report import config_text, time_text
@@ -42,6 +43,11 @@ def _explained(name: str, kernel: Kernel) -> Iterator[str]:
         slowest = sorted(terms, key=lambda term: -terms[term])[:3]
         bounds = ", ".join(f"{term.removesuffix('_us')} {time_text(terms[term])}" for term in slowest)
         yield f"  by the model it is bounded by {bounds}; waves cost a factor {chosen['parts']['quantisation']:.2f}"
+    if (plan := plan_quality(kernel)) is not None:
+        order = (
+            f"the model orders the {plan.configs} configs that were timed with rank correlation {plan.correlation:.2f}"
+        )
+        yield f"  {order}; its own pick takes {plan.regret:.2f} times as long as the best"
     key = "time_us" if kernel["rounds"] else "predicted_us"
     standing = [trial for trial in kernel["trials"] if trial["refusal"] is None and trial[key] is not None]
     for trial in sorted(standing, key=lambda trial: trial[key])[:SHOWN]:

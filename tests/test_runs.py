@@ -23,6 +23,7 @@ from cca_attention.autotune.front import Point
 from cca_attention.autotune.measure import Timing
 from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.page import as_html
+from cca_attention.autotune.plan_quality import plan_quality, spearman
 from cca_attention.autotune.predict import Prediction
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.record import RecordError, latest, read_record, record_of, write_record
@@ -111,6 +112,7 @@ def test_explain_says_why(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "the built-in config (q=32 k=32 warps=4 stages=2) takes 90.0 us: 1.125 times as long (95 %: 1.125 to" in out
     assert "bounded by tensor 14.0 us, issue 3.0 us, hbm 2.0 us; waves cost a factor 1.25" in out
     assert "illegal access: CUDA error: <illegal> & more" in out
+    assert "orders the 11 configs that were timed with rank correlation 1.00; its own pick takes 1.00 times as" in out
     code, _, err = run(capsys, "explain", str(path), "--kernels", "forward")
     assert code == USAGE and "the run has no kernel forward; it has harmful" in err
 
@@ -122,6 +124,27 @@ def test_explain_without_a_measurement_or_a_choice(toy: Any, tmp_path: Path) -> 
     kernel = record["runs"][0]["kernels"]["harmful"]
     kernel["chosen"], kernel["trouble"] = None, "no config runs"
     assert "nothing was chosen: no config runs" in "\n".join(explanation(record))
+
+
+def test_a_plan_is_as_good_as_its_order() -> None:
+    def kernel(*pairs: tuple[float | None, float | None]) -> dict[str, Any]:
+        return {"trials": [{"predicted_us": p, "time_us": t, "refusal": None} for p, t in pairs]}
+
+    good = plan_quality(kernel((1, 10), (2, 20), (3, 30), (None, 1), (0.5, None)))
+    assert good is not None and (good.configs, good.correlation, good.regret) == (3, 1.0, 1.0)
+    bad = plan_quality(kernel((3, 10), (2, 20), (1, 30)))
+    assert bad is not None and (bad.correlation, bad.regret) == (-1.0, 3.0)
+    assert plan_quality(kernel((1, 1), (2, 2))) is None
+    out = kernel((1, 10), (2, 20), (3, 30), (0.1, 99))
+    out["trials"][-1]["refusal"] = "wrong"
+    assert plan_quality(out) == good
+
+
+def test_rank_correlation() -> None:
+    assert spearman([1, 2, 2, 3], [10, 20, 20, 90]) == pytest.approx(1)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
+    # by hand: squared differences of ranks sum to 8, 1 - 6*8/(5*24)
+    assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 5, 3]) == pytest.approx(1 - 6 * 8 / 120)
 
 
 def test_diff_says_what_moved(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
