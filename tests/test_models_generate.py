@@ -180,6 +180,30 @@ def test_decoding_with_a_static_cache_compiles_whole() -> None:
     assert cache.get_seq_length() == 21
 
 
+@pytest.mark.gpu
+def test_a_step_with_a_static_cache_runs_in_a_cuda_graph() -> None:
+    model = build("Llama").cuda()
+    enable(model, G, W)
+    cache, ids = CCAStaticCache(model.config, 64), prompt(1, 21).cuda()
+    token = ids[:, :1].clone()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[0, 18:]
+        for _ in range(2):  # the kernels are compiled before the capture
+            model(token, past_key_values=cache)
+        cache.reset()
+        model(ids[:, :18], past_key_values=cache)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, past_key_values=cache).logits
+        found = []
+        for position in range(18, 21):
+            token.copy_(ids[:, position : position + 1])
+            graph.replay()
+            found.append(logits[:, 0].clone())
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-3, atol=1e-3)
+    assert cache.get_seq_length() == 21
+
+
 def test_a_token_past_the_end_of_a_static_cache_is_nan() -> None:
     model = build("Llama")
     enable(model, G, W)

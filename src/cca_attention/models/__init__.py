@@ -1,7 +1,4 @@
-"""CCA attention in models of transformers >= 5: `enable(model)`, or ``attn_implementation="cca"``.
-
-Importing this module makes the name "cca" known to transformers; nothing else of it is touched.
-"""
+"""CCA attention in models of transformers >= 5; importing this makes ``attn_implementation="cca"`` known there."""
 
 from __future__ import annotations
 

@@ -151,8 +151,9 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def _check_model(decoder: PreTrainedModel, modules: dict[Any, nn.Module]) -> None:
     """Raise unless the model's attention can be exchanged."""
-    if getattr(decoder.config, "alibi", False):
-        raise ValueError("alibi must be false: CCA adds no bias to the scores; take a model with rotary positions")
+    for name in ("alibi", "num_kv_shared_layers"):
+        if getattr(decoder.config, name, None):
+            raise ValueError(f"{name} must be off: CCA adds no bias to scores, and each layer's cache is its own")
     if not modules or not decoder._can_set_attn_implementation():
         raise ValueError(
             f"model: the attention of {type(decoder).__name__} cannot be exchanged (ALiBi, or an older form); "
