@@ -41,8 +41,8 @@ def known_kernel(kernel: str) -> Tunable:
 
 
 @cache
-def _fields(config: type[Config]) -> set[str]:
-    return set(inspect.signature(config).parameters)
+def _fields(kernel: str) -> frozenset[str]:
+    return frozenset(inspect.signature(known_kernel(kernel).config).parameters)
 
 
 def as_config(kernel: str, values: Mapping[str, int]) -> Config:
@@ -51,12 +51,11 @@ def as_config(kernel: str, values: Mapping[str, int]) -> Config:
     Raises:
         ValueError: for a kernel that there is not, or fields that are not exactly those of its config.
     """
-    config = known_kernel(kernel).config
-    expected = _fields(config)
+    expected = _fields(kernel)
     if expected != set(values):
         wrong = ", ".join(sorted(expected ^ set(values)))
         raise ValueError(f"a config of {kernel} has the fields {', '.join(sorted(expected))}; wrong here: {wrong}")
-    return config(**values)
+    return known_kernel(kernel).config(**values)
 
 
 @cache

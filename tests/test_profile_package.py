@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from cca_attention import cli_profile
 from cca_attention.profiles.configs import as_config, source_hash
 from cca_attention.profiles.reading import read_profile
 from cca_attention.verify.gate import check_config
@@ -73,3 +74,12 @@ def test_its_configs_are_verified(site: Path) -> None:
 def test_what_is_in_the_example_can_be_read() -> None:
     profile = read_profile(EXAMPLE / "src" / FILE)
     assert profile.device.name == "a10g" and "[project.entry-points" in (EXAMPLE / "pyproject.toml").read_text()
+
+
+def test_the_commands_of_its_readme_are_ones_that_there_are(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLE / "README.md").read_text()
+    for words in re.findall(r"^ +cca-profile (.*?)(?: +#.*)?$", text, re.MULTILINE):
+        arguments = [str(site / FILE) if word in ("a10g", f"src/{FILE}") else word for word in words.split()]
+        with pytest.raises(SystemExit) as ended:
+            cli_profile.main(arguments)
+        assert ended.value.code == 0, (words, capsys.readouterr().err)

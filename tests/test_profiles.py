@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,11 @@ def test_an_update_keeps_what_another_process_wrote(tmp_path: Path) -> None:
     other = make(entry(replace(PROBLEM, seq_len=8192)))
     update_profile(path, lambda held: pytest.fail("it is there") if held is None else merged(held, other))
     assert {e.problem.seq_len for e in read_profile(path).entries} == {8192, 131072}
+    lengths = [16384 * step for step in range(1, 9)]
+    more = [make(entry(replace(PROBLEM, seq_len=length))) for length in lengths]
+    with ThreadPoolExecutor(len(more)) as pool:
+        list(pool.map(lambda new: update_profile(path, lambda held: merged(held or new, new)), more))
+    assert {e.problem.seq_len for e in read_profile(path).entries} == {8192, 131072, *lengths}
     path.write_text("schema: cca-profile/1.0\n")
     with pytest.raises(ProfileError, match=r"has .* mistakes"):
         update_profile(path, lambda held: make())
