@@ -171,27 +171,21 @@ def test_a_loaded_tool_is_seen() -> None:
 
 ATTENTION = {"attention", "arguments", "fused", "cache", "cache_state", "cache_op"}
 FRONT = {"spec", "problem", "kernels", "profiles", *ATTENTION}
+BEHIND_COMMANDS = {"__init__", "verify", "autotune", "ci", "terminal", "cli_runs"}
 ARROWS: dict[str, set[str]] = {
-    "spec": set(),
+    **{name: set() for name in ("spec", "terminal")},
     "problem": {"spec"},
     "kernels": {"spec", "problem"},
     "profiles": {"spec", "problem", "kernels"},
     **dict.fromkeys((*sorted(ATTENTION), "models", "__init__"), FRONT),
     "verify": FRONT | {"__init__"},
     "autotune": FRONT | {"__init__", "verify"},
-    "ci": FRONT | {"__init__", "verify", "autotune"},
-    "bench": FRONT | {"__init__", "verify", "autotune"},
-    "terminal": set(),
+    **dict.fromkeys(("ci", "bench"), FRONT | {"__init__", "verify", "autotune"}),
     "cli_bench": FRONT | {"bench", "autotune", "terminal"},
-    **dict.fromkeys(
-        ("cli", "cli_runs", "cli_verify", "cli_profile", "pytest_plugin"),
-        FRONT | {"__init__", "verify", "autotune", "ci", "terminal", "cli_runs"},
-    ),
+    **dict.fromkeys(("cli", "cli_runs", "cli_verify", "cli_profile", "pytest_plugin"), FRONT | BEHIND_COMMANDS),
 }
-SHARED_BY_KERNELS = {
-    *("primitives", "tunable", "layout"),
-    *(f"hopper.{module}" for module in ("limits", "pipeline", "keys", "queries")),
-}
+SHARED_BY_HOPPER = {f"hopper.{module}" for module in ("limits", "pipeline", "keys", "queries")}
+SHARED_BY_KERNELS = {"primitives", "tunable", "layout"} | SHARED_BY_HOPPER
 STANDS_IN_FOR = {name: name for name in ("forward", "backward_dq", "backward_dkv")} | {"backward_dcore": "backward_dkv"}
 """Kernels for one architecture: they share the work and the tensors of the portable kernel that they stand in for."""
 
@@ -298,10 +292,7 @@ def test_a_crossed_arrow_is_seen(module: str, source: str) -> None:
         ("kernels.forward", "from ..problem import Problem\nfrom .primitives import attend\nimport triton"),
         ("kernels.__init__", "from . import forward"),
         ("kernels.reference", "import math\nfrom torch import Tensor"),
-        (
-            "autotune.tune",
-            "from ..verify.checks import check\nfrom ..profiles import store\nfrom . import search",
-        ),
+        ("autotune.tune", "from ..verify.checks import check\nfrom ..profiles import store\nfrom . import search"),
         ("__init__", "from .attention import cca_attention"),
     ],
 )
