@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,6 +17,8 @@ ENVIRONMENT = "CCA_PROFILE_PATH"
 """The only environment variable that the package reads: folders with profiles, in the form of PATH."""
 ENTRY_POINTS = "cca_attention.profiles"
 """Group of the entry points by which a package says where it keeps profiles: the dotted name of a folder of it."""
+
+Report = Callable[[ProfileError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +44,32 @@ def bundled_folder() -> Path:
     return Path(str(resources.files(__package__))) / "data"
 
 
-def environment_folders() -> list[Path]:
-    """The folders that the environment names.
+def refuse(error: ProfileError) -> None:
+    """What is done about a place that is named and not there, unless a caller knows better."""
+    raise error
 
-    Raises:
-        ProfileError: for one that is not there.
-    """
+
+def environment_folders(report: Report = refuse) -> Iterator[Path]:
+    """The folders that the environment names; one that is not there is reported."""
     named = os.environ.get(ENVIRONMENT, "")
-    folders = [Path(part) for part in named.split(os.pathsep) if part]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ProfileError(f"{ENVIRONMENT} names the folder {folder}, which is not there")
-    return folders
+    for folder in (Path(part) for part in named.split(os.pathsep) if part):
+        if folder.is_dir():
+            yield folder
+        else:
+            report(ProfileError(f"{ENVIRONMENT} names the folder {folder}, which is not there"))
 
 
-def package_folders() -> Iterator[tuple[str, Path]]:
-    """Name and folder of each entry point; the package itself is found, not imported.
-
-    Raises:
-        ProfileError: for one that names no folder.
-    """
+def package_folders(report: Report = refuse) -> Iterator[tuple[str, Path]]:
+    """Name and folder of each entry point; the package itself is found, not imported. No folder is reported."""
     for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
         package, *inner = point.value.split(".")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         roots = list(found.submodule_search_locations or ()) if found is not None else []
         folder = next((path for root in roots if (path := Path(root, *inner)).is_dir()), None)
         if folder is None:
-            raise ProfileError(f"the entry point {point.name!r} of {ENTRY_POINTS} names no folder: {point.value}")
-        yield point.name, folder
+            report(ProfileError(f"the entry point {point.name!r} of {ENTRY_POINTS} names no folder: {point.value}"))
+        else:
+            yield point.name, folder
 
 
 def current_folder() -> Place:
@@ -77,15 +77,15 @@ def current_folder() -> Place:
     return Place("current folder", Path.cwd(), "*.yaml")
 
 
-def places() -> list[Place]:
-    """Every other place, in the order in which they are looked at.
+def places(report: Report = refuse) -> list[Place]:
+    """Every other place, in the order in which they are looked at; one that is named and not there is reported.
 
     Raises:
-        ProfileError: for a place that is named and not there.
+        ProfileError: by the default `report`.
     """
     return [
-        *(Place(ENVIRONMENT, folder) for folder in environment_folders()),
+        *(Place(ENVIRONMENT, folder) for folder in environment_folders(report)),
         Place("user", user_folder()),
-        *(Place(f"package {name}", folder) for name, folder in package_folders()),
+        *(Place(f"package {name}", folder) for name, folder in package_folders(report)),
         Place("bundled", bundled_folder()),
     ]

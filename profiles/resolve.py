@@ -27,8 +27,8 @@ class AutoProfile:
 
     Those for the very GPU come before those for the same silicon under another name, and these before those for the
     same architecture; among equals the order of places decides. A kernel that the first has no usable entry for is
-    looked up in the next. Files are looked for once; a damaged one is passed over with a `ProfileWarning`. On a CPU
-    there is nothing to look for.
+    looked up in the next. Files are looked for once; a damaged one, and a place that is named and not there, is passed
+    over with a `ProfileWarning`. On a CPU there is nothing to look for.
     """
 
     handle = "auto"
@@ -83,7 +83,10 @@ class AutoProfile:
 
     @cached_property
     def _paths(self) -> list[Path]:
-        return [path for _, path in profile_files(places())]
+        def report(error: ProfileError) -> None:
+            warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=8)
+
+        return [path for _, path in profile_files(places(report))]
 
     def _read(self, path: Path) -> Profile | None:
         if path not in self._profiles:

@@ -45,7 +45,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(places.ENVIRONMENT, raising=False)
     monkeypatch.setattr(places, "user_folder", lambda: tmp_path)
     monkeypatch.setattr(places, "bundled_folder", lambda: tmp_path / "none")
-    monkeypatch.setattr(places, "package_folders", lambda: iter(()))
+    monkeypatch.setattr(places, "package_folders", lambda report: iter(()))
     for module in (resolve, schema):
         monkeypatch.setattr(module, "live_device", lambda device: None if device is None else A100)
     monkeypatch.delitem(HANDLES, "auto", raising=False)
@@ -98,6 +98,13 @@ def test_auto_passes_over_a_damaged_file_with_a_warning(files: Path) -> None:
     assert found.source == str(files / "3.yaml")
     said = [str(warning.message) for warning in caught if "passed over" in str(warning.message)]
     assert len(said) == 2 and all(any(f"{number}.yaml has" in text for text in said) for number in (1, 2))
+
+
+def test_auto_passes_over_a_place_that_is_not_there(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(files, "1.yaml")
+    monkeypatch.setenv(places.ENVIRONMENT, "/nowhere/at/all")
+    with pytest.warns(ProfileWarning, match="passed over: CCA_PROFILE_PATH names the folder /nowhere/at/all"):
+        assert AutoProfile().resolutions(PROBLEM, GPU)["forward"].source == str(files / "1.yaml")
 
 
 def test_resolve_answers_for_every_way_to_name_a_profile(files: Path) -> None:
