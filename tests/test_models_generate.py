@@ -222,3 +222,16 @@ def test_the_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     for cache in (None, "static"):
         found = generate(model, ids, attention_mask=real, max_new_tokens=3, cache_implementation=cache)
         assert_same(found, whole)
+
+
+def test_generate_compiles_its_steps(typical: Any) -> None:
+    ids, real = padded((18, 11))
+    how = transformers.CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    how._compile_all_devices = True  # transformers compiles on accelerators alone, unless told
+    whole = generate(typical, ids, attention_mask=real, max_new_tokens=4)
+    torch._dynamo.utils.counters.clear()
+    options = {"attention_mask": real, "max_new_tokens": 4, "cache_implementation": "static"}
+    assert_same(generate(typical, ids, compile_config=how, **options), whole)
+    # transformers' own sliding layers take a second graph, with CCA beside them or without
+    expected = 1 if typical.config.cca["layers"] == "all" else 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == expected
