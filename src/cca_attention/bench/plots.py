@@ -88,7 +88,7 @@ def _against_context(
         contexts = sorted({t for points in lines.values() for t in points})
         each.set(xscale="log", yscale="linear" if ceiling else "log", xlabel="tokens", ylabel=label, title=title)
         each.set_xticks(contexts, [_short(t) for t in contexts])
-        each.tick_params(axis="x", which="minor", bottom=False)
+        each.set_xticks([], minor=True)
         if ceiling:
             each.axhline(ceiling, color="black", linestyle=":", linewidth=1, label="matrix product of PyTorch")
             each.set_ylim(bottom=0)
