@@ -16,7 +16,7 @@ KEPT = """spec=spec, sequences=sequences, config=configs["forward"])
     kept = attend.__dict__.setdefault("kept", {{}}).setdefault({key}, (out, lse))
     return kept[0].clone(), kept[1].clone()"""
 OK = "ok = bool((use <= 1.0).all())"
-NO_CANARY = Patch(CANARY, "if not trusted:", "if trusted < 0:")
+NO_CANARY = Patch(CANARY, "if not trusted:", "if trusted is None:")
 CANDIDATE = small(q_heads=2, kv_heads=2, seq_len=61, group_size=4, window_size=6, head_dim=16)
 
 GATE: dict[str, Mutant] = {
