@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from cca_attention import cca_attention
 from cca_attention.bench import admission, steps
-from cca_attention.bench.admission import Gate, Launched, kernels_of
+from cca_attention.bench.admission import Gate, kernels_of
 from cca_attention.bench.lab import Lab
 from cca_attention.bench.plan import BOTH, DECODE, FORWARD, MEMORY, POOLING, UNORDERED, Case
 from cca_attention.bench.record import Ceilings, Header, Record, RecordError, Row, read, write
@@ -23,6 +24,7 @@ from cca_attention.kernels.forward import ForwardConfig
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
+from cca_attention.verify.gate import Launched, launches
 
 TINY = Problem(batch=1, q_heads=2, kv_heads=1, seq_len=21, head_dim=16, group_size=4, window_size=6, dtype="float16")
 HEADER = Header(
@@ -250,3 +252,26 @@ def test_another_file_is_refused_by_name(text: str, said: str, tmp_path: Path) -
 def test_rows_refuse_what_is_no_number() -> None:
     with pytest.raises(ValueError, match="finite"):
         Row(suite="x", what=FORWARD, system="cca", problem={}, status="measured", ms=float("nan"))
+
+
+class Kernel:
+    """What stands for a compiled function, with the attributes of Triton's that are used."""
+
+    def __init__(self, name: str) -> None:
+        self.fn = SimpleNamespace(__name__=name)
+
+    def run(self, x: int, **options: object) -> int:
+        return x + 1
+
+
+def test_launches_are_seen_while_one_looks_and_of_the_kernels_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = Kernel("mine"), Kernel("other")
+    monkeypatch.setattr(Tunable, "REGISTRY", {"a": SimpleNamespace(kernels=(mine,), archs=())})
+    monkeypatch.setitem(Tunable.REGISTRY, "b", SimpleNamespace(kernels=(mine, other), archs=()))
+    for named, expected in (((), {"mine", "other"}), (("a",), {"mine"})):
+        with launches(*named) as seen:
+            assert [kernel.run(1, BLOCK=16, scale=0.5) for kernel in (mine, mine, other)] == [2, 2, 2]
+        assert {launch.function for launch in seen} == expected
+        assert {launch.options for launch in seen} == {"[('BLOCK', 16)]"}
+        mine.run(1)
+        assert len(seen) == len(expected)

@@ -74,6 +74,14 @@ class Quarantine:
     kernel_hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A launch of a tunable kernel: the function's name, and the choices that it was compiled for."""
+
+    function: str
+    options: str = ""
+
+
 def check_config(
     kernel: str, config: Config, *, problem: Problem | None = None, timeout_s: float = TIMEOUT_S
 ) -> Evidence:
@@ -167,7 +175,7 @@ def run_trials(
 def tried(trial: Trial, kernel: str) -> tuple[list[Comparison], Outcome, str]:
     """The comparisons of a trial, what came of it and why."""
     try:
-        with _launches(kernel) as launched:
+        with launches(kernel) as launched:
             comparisons = look(trial, kernel)
     except (OutOfResources, torch.OutOfMemoryError) as error:
         return [], "oom", f"{type(error).__name__}: {error}"
@@ -182,15 +190,20 @@ def tried(trial: Trial, kernel: str) -> tuple[list[Comparison], Outcome, str]:
 
 
 @contextmanager
-def _launches(kernel: str) -> Iterator[list[str]]:
-    """The launches of `kernel` while this lasts. The interpreter launches otherwise: none are seen there."""
-    seen: list[str] = []
+def launches(*kernels: str) -> Iterator[set[Launched]]:
+    """What is launched of these tunable kernels, by default of all, while this lasts; never within another.
+
+    The interpreter launches otherwise: nothing is seen there.
+    """
+    seen: set[Launched] = set()
 
     def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(function.fn.__name__)
+        chosen = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, str))}
+        seen.add(Launched(function.fn.__name__, repr(sorted(chosen.items()))))
         return type(function).run(function, *args, **kwargs)
 
-    functions = Tunable.REGISTRY[kernel].kernels
+    tunables()
+    functions = {id(f): f for name in kernels or Tunable.REGISTRY for f in Tunable.REGISTRY[name].kernels}.values()
     for function in functions:
         function.run = partial(watched, function)
     try:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
-from ..kernels.tunable import Config, Tunable
+from ..kernels.tunable import Config
 from ..problem import Problem
 from ..profiles.configs import tunables
 from ..verify.child import Child, ChildFailedError
-from ..verify.gate import TIMEOUT_S, run_request
+from ..verify.gate import TIMEOUT_S, Launched, run_request
 from ..verify.gate_cases import SEED
 from .record import Evidence
 
@@ -22,35 +20,6 @@ WORKERS = 12
 
 Key = tuple[str, Config, Problem]
 """A kernel, its config, and the kind of problem that it is judged for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A launch of one of our kernels: the function's name, and the choices that it was compiled for."""
-
-    function: str
-    options: str = ""
-
-
-@contextmanager
-def launches() -> Iterator[set[Launched]]:
-    """What is launched of tunable kernels while this lasts."""
-    seen: set[Launched] = set()
-
-    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, str))}
-        seen.add(Launched(function.fn.__name__, repr(sorted(chosen.items()))))
-        return type(function).run(function, *args, **kwargs)
-
-    tunables()
-    functions = {id(f): f for tunable in Tunable.REGISTRY.values() for f in tunable.kernels}.values()
-    for function in functions:
-        function.run = partial(watched, function)
-    try:
-        yield seen
-    finally:
-        for function in functions:
-            del function.run
 
 
 def kernels_of(launched: Iterable[Launched], arch: str) -> list[str]:

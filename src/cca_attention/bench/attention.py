@@ -13,7 +13,7 @@ from .. import fused
 from ..attention import cca_attention, configs_for
 from ..kernels import eager
 from ..kernels.layout import Sequences
-from .admission import launches
+from ..verify.gate import launches
 from .lab import Figures, Lab
 from .peers import CCA, EAGER, FLEX, Attention, dense, flex
 from .plan import FORWARD, MEMORY, POOLING, UNORDERED, Case

@@ -11,7 +11,8 @@ import torch
 from ..autotune.card import Card
 from ..fused import Configs, architecture
 from ..problem import Problem
-from .admission import Gate, Launched, kernels_of
+from ..verify.gate import Launched
+from .admission import Gate, kernels_of
 from .peers import CCA, TITLES
 from .plan import Case
 from .record import Evidence, Row, matching

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention import configs_for
 from ..cache import CCACache
 from ..problem import Problem
-from .admission import launches
+from ..verify.gate import launches
 from .lab import Figures, Lab, require
 from .peers import CCA, dense
 from .plan import DECODE, Case
