@@ -7,10 +7,9 @@ from .mutant import STEPS, Mutant, Patch, fault, small
 DECODE, STATE, FUSED = "kernels/decode.py", "cache_state.py", "fused.py"
 
 COMPLETES = "if (core + 1) * GROUP_SIZE <= end:"
-RAW_HEAD = "offset((batch, kv_head), raw_strides)"
+RAW_HEAD = "raw_at = offset((batch, core_head // CORES_PER_KV), raw_strides)"
 COUNT = """    if row == 0:
         tl.store(next_seen_ptr + batch, tl.minimum(tl.load(seen_ptr + batch) + NUM_NEW, max_tokens))"""
-OLD_BEHIND = "seen + 2 * NUM_NEW * (keys > seen)"  # what lies behind is none of the new tokens
 SHORT = small(seq_len=17, group_size=3, window_size=2)
 GROUPED = small(q_heads=2, kv_heads=1, seq_len=13)
 
@@ -73,17 +72,16 @@ CACHE: dict[str, Mutant] = {
         ),
         Patch(
             DECODE,
-            "visible_cores(end_of_new - 1, GROUP_SIZE, WINDOW_SIZE), end_of_new)",
-            "visible_cores(end_of_new - 1, GROUP_SIZE, WINDOW_SIZE), end_of_new + 1)",
+            "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop)",
+            "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop + 1)",
         ),
-        *(Patch(DECODE, f"({x}_tokens, keys, seen, RING", f"({x}_tokens, keys, {OLD_BEHIND}, RING") for x in "kv"),
         check="dropped_tokens_leave_no_nan",
         case=STEPS,
     ),
     "slot_of_the_neighbour": fault(
         "D5",
         "a raw token is looked up in the next slot of the ring",
-        Patch(DECODE, "(tokens % RING_SIZE).to(tl.int64)", "((tokens + 1) % RING_SIZE).to(tl.int64)"),
+        Patch(DECODE, "keys % RING_SIZE)", "(keys + 1) % RING_SIZE)"),
         check="decode_equals_prefill",
         case=STEPS,
     ),
@@ -111,8 +109,8 @@ CACHE: dict[str, Mutant] = {
         "all core heads of a key head store the new tokens: the same values, at the same time",
         Patch(
             DECODE,
-            "if (part == 0) & (core_head % CORES_PER_KV == 0):",
-            "if part == 0:",
+            "if (tl.program_id(0) == 0) & (core_head % cores_per_kv == 0):",
+            "if tl.program_id(0) == 0:",
         ),
         check="decode_memory",
         case=GROUPED,

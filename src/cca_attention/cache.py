@@ -136,15 +136,17 @@ class CCACache:
         self._reserve(new)
         if tokens == 0:
             return torch.empty_like(q)
+        empty = seq_bounds is None and not self._state.may_overflow and not any(self._known)
         with self._on_device():
-            out = self._state.extend(*self._stored(q, k, v), seq_bounds)
+            stored = self._stored(q, k, v)
+            out = self._state.begin(*stored) if empty else self._state.extend(*stored, seq_bounds)
         self._count(new)
         return out.to(self.dtype)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append n >= 1 tokens to every row and return what their queries see, (B, Hq, n, D) in q's dtype.
 
-        Arguments and errors are those of `prefill`. Two launches for up to ``rollback + 1`` tokens.
+        Arguments and errors are those of `prefill`. Three launches for up to ``rollback + 1`` tokens.
         """
         self._check(q, k, v)
         if q.shape[2] == 0:
