@@ -204,6 +204,23 @@ def test_a_step_with_a_static_cache_runs_in_a_cuda_graph() -> None:
     assert cache.get_seq_length() == 21
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", [CCADynamicCache, lambda config: CCAStaticCache(config, 9000)])
+def test_a_long_prompt_at_once_is_the_same_in_pieces(cache: Any) -> None:
+    model = build("Llama", num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_hidden_layers=2)
+    model.to("cuda", torch.bfloat16)
+    enable(model, 16, 1024)
+    ids, parts = prompt(1, 8200).cuda(), (5000, 3199, 1)
+    with torch.no_grad():
+        whole, pieces = cache(model.config), cache(model.config)
+        model(ids[:, :-1], past_key_values=whole, logits_to_keep=1)
+        found = model(ids[:, -1:], past_key_values=whole).logits
+        for part in ids.split(parts, dim=1):
+            expected = model(part, past_key_values=pieces, logits_to_keep=1).logits
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert whole.get_seq_length() == pieces.get_seq_length() == 8200
+
+
 def test_a_token_past_the_end_of_a_static_cache_is_nan() -> None:
     model = build("Llama")
     enable(model, G, W)

@@ -23,7 +23,7 @@ def new_storage(spec: CCASpec, shape: tuple[int, int, int, int], like: Tensor, m
 
 def append(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, storage: list[Tensor], spec: CCASpec,
-    *, max_tokens: int, profile: str,
+    *, max_tokens: int, profile: str, empty: bool = False,
 ) -> Tensor:  # fmt: skip
     """Append tokens and return what their queries see, (B, Hq, T, D); nothing is read back to the host on CUDA.
 
@@ -32,10 +32,11 @@ def append(
         bounds: (B, 2) int32: first and one past the last real token of each row; None: all are real.
         storage: of `new_storage`; changed. A token past `max_tokens` is not stored, and its output is NaN.
         profile: a handle of `register_profile`.
+        empty: the host knows that no row holds a token yet; whole sequences are then faster.
     """
     numbers = [spec.group_size, spec.window_size, max_tokens]
     scale = spec.softmax_scale(q.shape[3])
-    out: Tensor = _append(q, k, v, bounds, storage, numbers, spec.core_heads, spec.pooling, scale, profile)
+    out: Tensor = _append(q, k, v, bounds, storage, numbers, spec.core_heads, spec.pooling, scale, profile, empty)
     return out
 
 
@@ -61,6 +62,7 @@ def _append(
     pooling: str,
     scale: float,
     profile: str,
+    empty: bool,
 ) -> Tensor:
     group_size, window_size, max_tokens = numbers
     spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
@@ -72,8 +74,15 @@ def _append(
     vars(state).update(zip(_tensors(state), storage, strict=True))
     state.max_tokens, state.may_overflow = max_tokens, True
     new = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
-    in_one_step = bounds is None and state.takes_in_one_step(q, k)
-    return (state.step(*new) if in_one_step else state.extend(*new, bounds)).to(q.dtype)
+    if bounds is not None:
+        out = state.extend(*new, bounds)
+    elif state.takes_in_one_step(q, k):
+        out = state.step(*new)
+    elif empty and q.shape[2] <= max_tokens and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        out = state.begin(*new)  # a captured call may be replayed on rows that hold tokens
+    else:
+        out = state.extend(*new)
+    return out.to(q.dtype)
 
 
 @_append.register_fake

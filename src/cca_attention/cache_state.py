@@ -99,6 +99,18 @@ class CacheState:
         )  # fmt: skip
         return out
 
+    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append the first tokens of every row, at most `max_tokens`, with the kernels for whole sequences."""
+        tokens, kept = q.shape[2], min(q.shape[2], self.ring)
+        if self.backend == "eager":
+            return self.extend(q, k, v)
+        core = self.core[:, :, :, : self.spec.num_groups(tokens)]
+        out = self._attend(q, k, v, core, Sequences.dense(q.shape[0]))
+        slots = torch.arange(tokens - kept, tokens, device=q.device) % self.ring
+        self.raw.index_copy_(3, slots, torch.stack((k[:, :, tokens - kept :], v[:, :, tokens - kept :])))
+        self.seen.fill_(tokens)
+        return out
+
     def extend(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
         """Append a chunk of any length, or of each row its tokens ``bounds[b, 0] .. bounds[b, 1] - 1``.
 
@@ -109,7 +121,11 @@ class CacheState:
         first, asked = (torch.zeros_like(seen), torch.full_like(seen, tokens)) if bounds is None else bounds.unbind(1)
         end = asked if self.max_tokens is None else torch.minimum(asked, first + (self.max_tokens - seen))
         raw = self._unrolled(k, v, first)
-        out = (self._attend if self.backend == "triton" else self._attend_eagerly)(q, raw, first, end)
+        if self.backend == "triton":
+            sequences = Sequences.chunk(torch.stack((first, end), dim=1), seen, self.ring)
+            out = self._attend(q, raw[0], raw[1], self.core, sequences)
+        else:
+            out = self._attend_eagerly(q, raw, first, end)
         if self.may_overflow:
             row = torch.arange(tokens, device=q.device)
             lost = (row >= end[:, None]) & (row < asked[:, None])
@@ -137,16 +153,14 @@ class CacheState:
         raw[1, :, :, self.ring :] = v
         return raw.scatter_(3, self._rows(first[:, None] + order), self.raw.gather(3, self._rows(slots)))
 
-    def _attend(self, q: Tensor, raw: Tensor, first: Tensor, end: Tensor) -> Tensor:
-        """Pool and attend to the tokens ``first .. end - 1`` of the chunk with the Triton kernels."""
-        sequences = Sequences.chunk(torch.stack((first, end), dim=1), self.seen, self.ring)
-        configs = configs_for(self.profile, q, raw[0], self.spec)
-        pool_lse = self.core.new_empty(self.core.shape[1:4], dtype=accumulator_dtype(q.dtype))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, core: Tensor, sequences: Sequences) -> Tensor:
+        """Pool into `core` and attend to it and the raw tokens with the Triton kernels."""
+        configs = configs_for(self.profile, q, k, self.spec)
+        pool_lse = core.new_empty(core.shape[1:4], dtype=accumulator_dtype(q.dtype))
         launch_pooling(
-            q, raw[0], raw[1], self.core[0], self.core[1], pool_lse,
-            spec=self.spec, sequences=sequences, config=configs["pooling"],
+            q, k, v, core[0], core[1], pool_lse, spec=self.spec, sequences=sequences, config=configs["pooling"]
         )  # fmt: skip
-        return fused.attend(q, raw[0], raw[1], self.core[0], self.core[1], self.spec, sequences, configs)[0]
+        return fused.attend(q, k, v, core[0], core[1], self.spec, sequences, configs)[0]
 
     def _attend_eagerly(self, q: Tensor, raw: Tensor, first: Tensor, end: Tensor) -> Tensor:
         """The same in plain PyTorch: all rows at once if they are alike, else one by one."""

@@ -89,7 +89,7 @@ class _StaticLayer(_Layer):
     def __init__(self, settings: Settings, q_heads: int, max_cache_len: int) -> None:
         super().__init__()
         self.settings, self.q_heads, self.max_cache_len = settings, q_heads, max_cache_len
-        self.length = torch.zeros((), dtype=torch.int64)
+        self.length, self.empty = torch.zeros((), dtype=torch.int64), True  # empty: as far as the host knows
         self.storage: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -104,6 +104,7 @@ class _StaticLayer(_Layer):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
         how: dict[str, Any] = {"max_tokens": self.max_cache_len, "profile": register_profile(self.settings.profile)}
+        how["empty"], self.empty = self.empty, False
         return cache_op.append(query, key, value, bounds, self.storage, spec, **how)
 
     def get_max_length(self) -> int:
@@ -116,6 +117,7 @@ class _StaticLayer(_Layer):
         cache_op.reorder(self.storage, beam_idx)
 
     def reset(self) -> None:
+        self.empty = True
         for tensor in (*self.storage, self.length):
             tensor.zero_()
 
