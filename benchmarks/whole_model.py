@@ -1,0 +1,291 @@
+"""First token, next token, cache and memory of a whole model: CCA beside SDPA, in one process.
+
+    python benchmarks/whole_model.py --json docs/data/models-h200.json     # one H200, about 190 s
+    python benchmarks/whole_model.py --show docs/data/models-h200.json     # the table of docs/models.md
+
+The model has the shape of Llama-3.1-8B and random weights, bfloat16, batch 1. Times of the first token are medians
+after a call that compiles, but SDPA's, which are of one call; times of a next token are means of STEPS. Where a
+measurement fails, its row says so, and the command ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from cca_attention.models import CCADynamicCache, CCAStaticCache, disable, enable
+
+STEPS = 32
+SHAPE = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+}  # fmt: skip
+TINY = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+Step = Callable[[Tensor], Tensor]
+Row = dict[str, Any]
+
+
+def without_attention(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """The bound: what a model takes whose attention costs nothing."""
+    return query.transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("removed", without_attention)
+
+
+class Bench:
+    """One model, and how it is timed.
+
+    Args:
+        shape: of the config. longest: the most tokens of a prompt. device: "cpu" only shows that the script runs.
+    """
+
+    def __init__(self, shape: dict[str, Any], longest: int, device: str) -> None:
+        self.device, self.rows = torch.device(device), list[Row]()
+        config = LlamaConfig(**shape, max_position_embeddings=longest + 4 * STEPS, pad_token_id=0, eos_token_id=None)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        with self.device:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    def clock(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        """Milliseconds of one call, and its result."""
+        self.synchronize()
+        start = time.perf_counter()
+        result = call()
+        self.synchronize()
+        return (time.perf_counter() - start) * 1e3, result
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def prompt(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.model.config.vocab_size, (1, tokens), generator=generator).to(self.device)
+
+    def first(self, ids: Tensor, make: Callable[[], Any], repeats: int) -> tuple[Row, Any, Tensor]:
+        """Read the prompt into a new cache: the figures, the cache and the first token."""
+        self.read(ids if repeats > 1 else ids[:, :2048], make())  # compiles
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(repeats):
+            cache = None  # the one before is freed
+            cache = make()
+            ms, token = self.clock(lambda cache=cache: self.read(ids, cache))
+            times.append(ms)
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return {"first_ms": statistics.median(times), "peak_bytes": peak}, cache, token
+
+    def read(self, ids: Tensor, cache: Any) -> Tensor:
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
+        return self.model(ids, **options).logits.argmax(-1)
+
+    def next(self, step: Step, token: Tensor) -> tuple[Row, list[int]]:
+        """The figures of STEPS steps, and the tokens that they made."""
+        made = [token]
+
+        def loop() -> None:
+            for _ in range(STEPS):
+                made.append(step(made[-1]).argmax(-1))
+
+        ms, _ = self.clock(loop)
+        return {"next_ms": ms / STEPS}, torch.cat(made, 1)[0].tolist()
+
+    def step(self, cache: Any) -> Step:
+        return lambda token: self.model(token, past_key_values=cache, use_cache=True).logits
+
+    def report(self, tokens: int, attention: str, decoding: str, **figures: Any) -> None:
+        self.rows.append({"tokens": tokens, "attention": attention, "decoding": decoding, **figures})
+        sys.stderr.write(json.dumps(self.rows[-1]) + "\n")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values."""
+    held = getattr(cache, "nbytes", None)
+    return held if held is not None else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+
+
+def state(cache: Any) -> list[Tensor]:
+    """All tensors of a static cache."""
+    return [x for layer in cache.layers for x in (*layer.storage, layer.length)]
+
+
+def graph_step(step: Step, token: Tensor) -> Step:
+    """`step` captured in a CUDA graph."""
+    static = token.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(static)
+
+    def replay(token: Tensor) -> Tensor:
+        static.copy_(token)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def compiled_step(step: Step, token: Tensor) -> Step:
+    """`step` compiled by Inductor, whole, in CUDA graphs of its own."""
+    mode = "reduce-overhead" if token.is_cuda else None
+    compiled = torch.compile(step, fullgraph=True, mode=mode, backend="inductor" if token.is_cuda else "aot_eager")
+
+    def call(token: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        logits: Tensor = compiled(token.clone()).clone()
+        return logits
+
+    for _ in range(4):
+        call(token)
+    return call
+
+
+def removed(bench: Bench, tokens: int) -> None:
+    """The model without its attention."""
+    bench.model.set_attn_implementation("removed")
+    figures, _, _ = bench.first(bench.prompt(tokens), lambda: None, repeats=2)
+    bench.report(tokens, "none (the bound)", "", **figures)
+
+
+def sdpa(bench: Bench, tokens: int, name: str) -> None:
+    """Full attention with one of PyTorch's backends, as transformers runs it."""
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    bench.model.set_attn_implementation("sdpa")
+    chosen: AbstractContextManager[Any] = sdpa_kernel(backends[name]) if bench.device.type == "cuda" else nullcontext()
+    with chosen:
+        first, cache, token = bench.first(bench.prompt(tokens), DynamicCache, repeats=1)
+        bench.step(cache)(token)
+        figures, _ = bench.next(bench.step(cache), token)
+    bench.report(tokens, f"SDPA {name}", "eager", **first, **figures, cache_bytes=cache_bytes(cache))
+
+
+def cca_dynamic(bench: Bench, tokens: int, core_heads: Any) -> None:
+    """CCA with the cache that `generate` makes."""
+    enable(bench.model, core_heads=core_heads)
+    make = partial(CCADynamicCache, bench.model.config)
+    first, cache, token = bench.first(bench.prompt(tokens), make, repeats=2)
+    bench.step(cache)(token)
+    figures, _ = bench.next(bench.step(cache), token)
+    bench.report(tokens, f"CCA, {core_heads}", "eager", **first, **figures, cache_bytes=cache_bytes(cache))
+
+
+def cca_static(bench: Bench, tokens: int, core_heads: Any, decodings: list[str]) -> None:
+    """CCA with fixed buffers, read once and decoded from in several ways."""
+    enable(bench.model, core_heads=core_heads)
+    make = partial(CCAStaticCache, bench.model.config, tokens + 2 * STEPS)
+    first, cache, token = bench.first(bench.prompt(tokens), make, repeats=2)
+    after_prompt = [x.clone() for x in state(cache)]
+
+    def rewind() -> None:
+        for tensor, before in zip(state(cache), after_prompt, strict=True):
+            tensor.copy_(before)
+
+    reference: list[int] | None = None
+    for decoding in decodings:
+        capture = {"CUDA graph": graph_step, "torch.compile": compiled_step}.get(decoding)
+        begun = time.perf_counter()
+        step = capture(bench.step(cache), token) if capture else bench.step(cache)
+        first["ready_s"] = time.perf_counter() - begun
+        step(token)
+        rewind()
+        figures, made = bench.next(step, token)
+        reference = reference or made
+        same = sum(torch.tensor([a == b for a, b in zip(made, reference, strict=True)]).long().cumprod(0).tolist())
+        bench.report(
+            tokens, f"CCA, {core_heads}", f"static cache, {decoding}",
+            **first, **figures, cache_bytes=cache_bytes(cache), same_tokens=same,
+        )  # fmt: skip
+        rewind()
+
+
+def plan(contexts: list[int], graphs: bool) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+    """What is measured, the most telling first; the steps are compiled at the longest context alone."""
+    decodings = ["eager", "CUDA graph"] if graphs else ["eager"]
+    for tokens in contexts:
+        yield removed, (tokens,)
+        yield cca_dynamic, (tokens, "kv")
+        yield cca_static, (tokens, "kv", [*decodings, "torch.compile"] if tokens == max(contexts) else decodings)
+        yield cca_static, (tokens, "query", decodings[-1:])
+        yield sdpa, (tokens, "cuDNN")
+        yield sdpa, (tokens, "flash")
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Run the plan and write the rows after each measurement."""
+    cuda = torch.cuda.is_available()
+    bench = Bench(SHAPE if cuda else TINY, max(options.contexts), "cuda" if cuda else "cpu")
+    started, failed = time.perf_counter(), 0
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    versions = {x.__name__: x.__version__ for x in (torch, triton, transformers)}
+    for call, arguments in plan(options.contexts, graphs=cuda):
+        if time.perf_counter() - started > options.seconds:
+            bench.report(*arguments[:1], f"{call.__name__} {arguments[1:]}", "not measured: out of time")
+            continue
+        try:
+            with torch.no_grad():
+                call(bench, *arguments)
+        except Exception as error:
+            failed += 1
+            traceback.print_exc()
+            bench.report(*arguments[:1], f"{call.__name__} {arguments[1:]}", f"failed: {type(error).__name__}")
+        disable(bench.model)
+        if cuda:
+            torch.cuda.empty_cache()
+        record = {"device": device, "versions": versions, "shape": SHAPE if cuda else TINY, "rows": bench.rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def table(record: dict[str, Any]) -> Iterator[str]:
+    """The rows as Markdown."""
+    yield "| tokens | attention | decoding | first token, s | next token, ms | cache, MB | peak, GB |"
+    yield "|---:|---|---|---:|---:|---:|---:|"
+    units = (("first_ms", 1e3, 2), ("next_ms", 1, 2), ("cache_bytes", 1e6, 1), ("peak_bytes", 1e9, 1))
+    for row in sorted(record["rows"], key=lambda row: row["tokens"]):
+        cells = [f"{row[name] / unit:.{digits}f}" if name in row else "" for name, unit, digits in units]
+        yield f"| {' | '.join((str(row['tokens']), row['attention'], row['decoding'], *cells))} |"
+
+
+def main() -> int:
+    """Measure and print the table, or print that of a record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("models.json"), help="where to (default: %(default)s)")
+    parser.add_argument("--show", type=Path, help="print the table of this record, measure nothing")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[32768, 131072], metavar="TOKENS")
+    parser.add_argument("--seconds", type=float, default=600, help="after these, nothing new is begun")
+    options = parser.parse_args()
+    failed = 0 if options.show else measure(options)
+    record = json.loads((options.show or options.json).read_text(encoding="utf-8"))
+    sys.stdout.write("\n".join(table(record)) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
