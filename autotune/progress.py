@@ -32,8 +32,8 @@ class Request:
     `most_compiled`: configs looked at for each kernel, by the model's estimate or by the `strategy`; 0 for all.
     `rounds`: how often the best are timed; `budget_s`: seconds after which the search of the last kernel ends, None for
     no limit; `seed` of the order in a round and of what a strategy draws; `least_ctx`: the shortest context that the
-    problem's stands for, None for itself alone. `verify`, `sample` and `recheck` are called in worker processes in this
-    order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a job of each phase has.
+    problem's stands for, None for itself alone. `only`: by kernel, what is tried beside the built-in config, None for
+    the whole space. `verify`, `sample` and `recheck` are called in worker processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a job of each phase has.
     """
 
     device: Device
@@ -48,6 +48,7 @@ class Request:
     budget_s: float | None = None
     seed: int = 0
     least_ctx: int | None = None
+    only: Mapping[str, tuple[Config, ...]] | None = None
     verify: Verify = verify_by_gate
     sample: Sample = sample
     recheck: Verify = recheck_by_gate

@@ -36,6 +36,7 @@ from ..profiles.schema import (
 from ..profiles.store import make_profile
 from .devices import Device
 from .measure import policy_of
+from .plan import short_list
 from .predict import Prediction
 from .progress import Progress, Request
 from .race import speedup
@@ -83,6 +84,7 @@ def _entry(request: Request, kernel: Progress) -> Entry:
         latency=None if timing is None else Latency(**asdict(timing)),
         predicted=None if chosen.prediction is None else _rounded(chosen.prediction),
         resources=tuple(KernelResources(**asdict(kernel)) for kernel in chosen.resources),
+        shortlist=None if timing is not None else tuple(map(asdict, short_list(kernel))),
         baseline=Baseline(config=asdict(kernel.default), time_us=baseline_us(kernel), margin=_margin(kernel)),
         verification=_verification(kernel, evidence),
     )

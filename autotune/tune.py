@@ -117,6 +117,8 @@ class Tuner:
         groups = []
         for kernel in self._kernels:
             configs, kernel.refused = space.legal_configs(kernel.tunable, self._request.problem, kernel.default)
+            if self._request.only is not None:
+                configs = [c for c in configs if c == kernel.default or c in self._request.only[kernel.name]]
             kernel.legal, kernel.stage = len(configs), "examining"
             groups += [(kernel, group) for group in space.tile_groups(configs)]
         self._settle(pool, "sketch", groups, jobs.sketch_job, self._absorb_sketch)

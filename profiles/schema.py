@@ -70,7 +70,8 @@ class Interval(Part):
 class Entry(Part):
     """One kernel's config for one problem, with its evidence; `interval` is what that problem stands for.
 
-    Transferred evidence was measured on another GPU, `measured_on`, of the same architecture.
+    Transferred evidence was measured on another GPU, `measured_on`, of the same architecture. `shortlist`: the configs
+    that a model expects most of, best first, which `cca-tune confirm` times.
     """
 
     kernel: str
@@ -82,6 +83,7 @@ class Entry(Part):
     latency: Latency | None = None
     predicted: Predicted | None = None
     resources: tuple[KernelResources, ...] = ()
+    shortlist: tuple[Fields, ...] | None = None
     baseline: Baseline
     verification: Verification | None = None
     determinism: Determinism | None = None

@@ -41,6 +41,7 @@ EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
 It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it. Another:
 cca-tune --model llama3.1-8b --ctx 4096..131072 --phase prefill,decode --budget 10m
 
+In two steps: cca-tune plan --gpu h200 --ctx 131072, and on that GPU cca-tune confirm h200.yaml.
 Finished runs and known GPUs: cca-tune devices, explain, diff, replay, report (each with --help).
 
 Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong usage, nothing was begun;
@@ -100,9 +101,12 @@ def tune(
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
     """The command `cca-tune`; ends the process with its exit code."""
+    from . import cli_plan
+
     given = sys.argv[1:] if arguments is None else list(arguments)
-    looks = given[:1] != [] and given[0] in cli_runs.COMMANDS
-    sys.exit(run_app(cli_runs.app if looks else app, "cca-tune", given))
+    first = given[0] if given else ""
+    others = [other.app for other in (cli_plan, cli_runs) if first in other.COMMANDS]
+    sys.exit(run_app(others[0] if others else app, "cca-tune", given))
 
 
 def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:
