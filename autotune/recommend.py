@@ -100,8 +100,12 @@ def recommend(
     problems = semantics.grid(request.problem, *sizes)
     small = semantics.small_enough(problems, limits)
     say(f"{len(small)} of {len(problems)} pairs of group and window size are small enough; errors are proxies")
-    data = semantics.generated(request.problem) if qkv is None else {qkv.name: read_activations(qkv)}
-    return semantics.search(small, data, limits, latency, prefer)
+    data = semantics.generated(request.problem) if qkv is None else read_activations(qkv)
+    say(f"taking errors on {semantics.length(data)} tokens: {', '.join(data)}")
+    judged = semantics.long_enough(small, data)
+    if len(judged) < len(small):
+        say(f"{len(small) - len(judged)} of them have windows too long for data of {semantics.length(data)} tokens")
+    return semantics.search(judged, data, limits, latency, prefer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +127,18 @@ class Found:
 
 def front_table(outcome: Outcome) -> Table:
     """The front; the knee and the preferred point are marked."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("group", "window", "latency", "cache", "of full", "error", "reached", "needles", ""):
-        table.add_column(title, justify="right" if title else "left")
-    middle = knee(outcome.front)
+    table, middle = Table(box=None, pad_edge=False, header_style="bold"), knee(outcome.front)
+    has_needles = any(point.recall is not None for point in outcome.front)
+    for title in ("group", "window", "latency", "cache", "of full", "error", "reached", *["needles"] * has_needles):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
     for point in outcome.front:
         marks = [name for name, is_it in (("knee", middle), ("preferred", outcome.preferred)) if point == is_it]
         recall = "" if point.recall is None else f"{point.recall:.0%}"
         table.add_row(
             str(point.group_size), str(point.window_size), time_text(point.latency_us),
             f"{point.cache_bytes / 2**20:.1f} MiB", f"{point.kv_ratio:.1%}", f"{point.error:.3f}",
-            f"{point.reached:.0%}", recall, ", ".join(marks),
+            f"{point.reached:.0%}", *[recall] * has_needles, ", ".join(marks),
         )  # fmt: skip
     return table
 

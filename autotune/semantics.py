@@ -96,6 +96,26 @@ def small_enough(problems: Sequence[Problem], limits: Limits) -> list[Problem]:
     return small
 
 
+def length(data: Mapping[str, Activations]) -> int:
+    """Tokens of the shortest of them."""
+    return min(activations.q.shape[1] for activations in data.values())
+
+
+def long_enough(problems: Sequence[Problem], data: Mapping[str, Activations]) -> list[Problem]:
+    """Those whose error can be seen on `data`: the queries that are looked at have more than the window behind them.
+
+    Raises:
+        EmptyError: if there is none.
+    """
+    tokens = length(data)
+    judged = [problem for problem in problems if problem.window_size <= tokens // 2 or tokens >= problem.seq_len]
+    if not judged:
+        least = min(problem.window_size for problem in problems)
+        message = f"the data has {tokens} tokens, in which no window of {least} or more can be judged"
+        raise EmptyError(f"{message}: --window-sizes up to {tokens // 2}, or --qkv of a longer text")
+    return judged
+
+
 def search(
     problems: Sequence[Problem], data: Mapping[str, Activations], limits: Limits, latency: Latency, prefer: Preference
 ) -> Outcome:

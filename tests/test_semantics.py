@@ -28,10 +28,11 @@ from cca_attention.autotune.semantics import (
     generated,
     grid,
     kv_ratio,
+    long_enough,
     qualities,
     search,
 )
-from cca_attention.autotune.tensors_file import TensorsFileError, read_activations
+from cca_attention.autotune.tensors_file import Heads, TensorsFileError, read_activations, write_layers
 from cca_attention.kernels.tunable import Tunable
 
 PROBLEM = Problem(q_heads=4, kv_heads=2, seq_len=1024, head_dim=32)
@@ -105,7 +106,8 @@ def test_a_recommendation_becomes_the_problem_that_is_tuned(toy: Any, tmp_path: 
     said: list[str] = []
     with BuiltIn(request) as latency:
         outcome = recommend(request, ((4, 16), (64, 128)), Limits(kv_ratio=0.35), "memory", None, latency, said.append)
-    assert said == ["3 of 4 pairs of group and window size are small enough; errors are proxies"]
+    assert said[0] == "3 of 4 pairs of group and window size are small enough; errors are proxies"
+    assert said[1] == "taking errors on 1024 tokens: gaussian, needles, sinks, local, heavy_tails" and len(said) == 2
     assert all(point.latency_us > 0 for point in outcome.points)
     found = Found.of(request, outcome, "generated data")
     assert (found.request.problem.group_size, found.request.problem.window_size) == (16, 64)
@@ -144,6 +146,23 @@ def test_a_point_has_the_worst_of_its_data() -> None:
     assert (point.latency_us, point.cache_bytes) == (5.0, cache_bytes(replace(PROBLEM, group_size=8, window_size=64)))
 
 
+def test_windows_that_the_data_cannot_show_are_left_out(tmp_path: Path) -> None:
+    layers = {
+        n: Heads(*(torch.randn(h, 64, 8, generator=torch.Generator().manual_seed(n)) for h in (4, 2, 2)))
+        for n in (2, 11)
+    }
+    write_layers(tmp_path / "dump.safetensors", layers, {"model": "mine"})
+    data = read_activations(tmp_path / "dump.safetensors")
+    assert list(data) == ["dump.safetensors, layer 2", "dump.safetensors, layer 11"]
+    assert all(torch.equal(x.q, layers[int(name.split()[-1])].q) for name, x in data.items())
+    problems = grid(PROBLEM, (4,), (16, 32, 33, 512))
+    assert [p.window_size for p in long_enough(problems, data)] == [16, 32]
+    as_long = grid(replace(PROBLEM, seq_len=64), (4,), (16, 33))
+    assert long_enough(as_long, data) == as_long
+    with pytest.raises(EmptyError, match="has 64 tokens, in which no window of 512 or more can be judged: --window-si"):
+        long_enough(problems[3:], data)
+
+
 def test_the_generated_data_is_the_same_every_time() -> None:
     one, other = generated(PROBLEM), generated(PROBLEM)
     assert all(torch.equal(one[name].q, other[name].q) for name in one) and len(one) == 5
@@ -174,7 +193,7 @@ QKV = {"q": torch.randn(4, 9, 8), "k": torch.randn(2, 9, 8), "v": torch.randn(2,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_activations_from_a_file(tmp_path: Path, dtype: torch.dtype) -> None:
     (tmp_path / "dump.safetensors").write_bytes(safetensors({n: x.to(dtype) for n, x in QKV.items()}))
-    found = read_activations(tmp_path / "dump.safetensors")
+    (found,) = read_activations(tmp_path / "dump.safetensors").values()
     assert isinstance(found, Activations) and found.needles is None
     assert all(torch.equal(getattr(found, name), QKV[name].to(dtype).float()) for name in QKV)
     assert quality(found, replace(PROBLEM, group_size=2, window_size=3).spec).error > 0

@@ -1,4 +1,4 @@
-"""The commands of `cca-tune` that look at finished runs and known GPUs: devices, explain, diff, replay, report."""
+"""The commands of `cca-tune` beside tuning: devices, explain, diff, replay, report, and capture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .terminal import OK, WRONG, Refused, check_output, file, new_app
+from .terminal import OK, WRONG, Refused, check_output, choice, file, new_app, number
 
-COMMANDS = ("devices", "explain", "diff", "replay", "report")
+COMMANDS = ("devices", "explain", "diff", "replay", "report", "capture")
 Run = Annotated[Path | None, typer.Argument(metavar="RUN", help="A run's file; default: the last one that was kept.")]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Where finished runs are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -134,3 +134,38 @@ def report(
     output.write_text(as_html(_record(run, cache_dir)), encoding="utf-8")
     typer.echo(f"wrote {output}", err=True)
     return OK
+
+
+@app.command(epilog="Example: cca-tune capture ./llama-3.1-8b book.txt --output dump.safetensors")
+def capture(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A local folder that transformers loads, or a GGUF.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A file in UTF-8.")],
+    output: Annotated[Path, file("--output", "The safetensors file to write, for --qkv.")],
+    layers: Annotated[str | None, typer.Option("--layers", help="From 0, with commas; default: 4 of them.")] = None,
+    heads: Annotated[str | None, typer.Option("--heads", help="Key heads, with commas; default: all.")] = None,
+    tokens: Annotated[int | None, number("--tokens", "How many to take; default: up to 8192.")] = None,
+    dtype: Annotated[str | None, choice("--dtype", "Default: the checkpoint's.", "bf16", "fp16", "fp32")] = None,
+) -> int:
+    """Keep the queries, keys and values of a model on a text, for --search-semantics --qkv."""
+    from .autotune.capture import DTYPES, CaptureError, Wanted
+    from .autotune.capture import capture as captured
+
+    check_output("--output", output)
+    if dtype not in (None, *DTYPES):
+        raise Refused(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    wanted = Wanted(layers=_numbers("--layers", layers), heads=_numbers("--heads", heads), tokens=tokens, dtype=dtype)
+    try:
+        captured(model, text, output, wanted, lambda line: typer.echo(line, err=True))
+    except CaptureError as error:
+        raise Refused(str(error)) from error
+    except OSError as error:
+        raise Refused(f"--output {output} cannot be written: {error.strerror or error}") from error
+    typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", err=True)
+    return OK
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise Refused(f"{option} must be whole numbers with commas between, got {wrong[0]!r}")
+    return [int(part) for part in parts] or None
