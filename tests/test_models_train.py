@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, distributed, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cca_attention import cca_attention
 from cca_attention.kernels.reference import attention_dense
 from cca_attention.models import enable
 
@@ -68,6 +69,20 @@ def test_gradients_flow_through_the_pooling_weights() -> None:
     found, other = train(with_weights)[1], train(uniform)[1]
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (found[name] - other[name]).abs().max() > 1e-3 * found[name].abs().max()
+
+
+def test_autocast_computes_in_the_narrow_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    attention = "cca_attention.models.attention.cca_attention"
+    monkeypatch.setattr(attention, lambda q, *rest, **how: (seen.add(q.dtype), cca_attention(q, *rest, **how))[1])
+    loss, grads = train(build(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, narrow_grads = train(build(torch.float32))
+        build(torch.float32).eval().generate(IDS, max_new_tokens=2)
+    assert seen == {torch.float32, torch.bfloat16}
+    torch.testing.assert_close(narrow.float(), loss, rtol=0.05, atol=0)
+    for name, grad in grads.items():
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), narrow_grads[name].flatten(), dim=0) > 0.95, name
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

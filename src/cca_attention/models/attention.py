@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,15 +35,12 @@ def attention_function(
     Returns:
         (B, T, Hq, D) and None. A ValueError names the setting that CCA attention cannot follow.
     """
-    settings = Settings.of(module.config)
-    mask = Mask() if attention_mask is None else attention_mask
+    settings, mask = Settings.of(module.config), Mask() if attention_mask is None else attention_mask
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask must be (batch, tokens), true for real tokens, got {tuple(mask.shape)}")
     if not settings.covers(module.layer_idx):  # type: ignore[arg-type]
-        own = sys.modules[type(module).__module__]  # where "eager" is, beside the module's class
-        kept = (
-            own.eager_attention_forward if settings.replaces == "eager" else ALL_ATTENTION_FUNCTIONS[settings.replaces]
-        )
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # beside the class
+        kept = ALL_ATTENTION_FUNCTIONS.get_interface(settings.replaces, own)
         return kept(module, query, key, value, mask.kept, **options)  # type: ignore[no-any-return]
     for name, refusal in _REFUSED.items():
         if options.get(name):
@@ -51,6 +49,8 @@ def attention_function(
         raise ValueError("is_causal must be true: CCA attention sees only the past; use another attn_implementation")
     spec = settings.spec(options.get("scaling"))
     layer = getattr(key, "cca_layer", None)
+    if torch.is_autocast_enabled(query.device.type):  # the rotation left q and k in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     if layer is None:
         return _stateless(query, key, value, spec, mask, settings.profile).transpose(1, 2), None
     if mask.packed and mask.sequences is not None:
