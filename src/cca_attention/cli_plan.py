@@ -1,8 +1,12 @@
-"""Tuning in two steps: `cca-tune plan` on a machine without the GPU, `cca-tune confirm` on the one that has it."""
+"""Tuning in two steps: `cca-tune plan` on a machine without the GPU, `cca-tune confirm` on the one that has it.
+
+Both take options of `cca-tune` itself, and are runs of it: one as if there were no GPU, one of nothing but short lists.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,92 +14,91 @@ from typing import Annotated, Any
 import typer
 
 from . import cli
-from .terminal import USAGE, Refused, check_output, new_app, number
+from .terminal import USAGE, Refused, check_output, new_app
 
 COMMANDS = ("plan", "confirm")
-ON_THE_GPU = {
-    "effort", "strategy", "search_semantics", "group_sizes", "window_sizes", "max_kv_ratio", "max_error", "prefer",
-    "qkv", "budget", "seed", "allow_busy",
-}  # fmt: skip
-"""Options of `cca-tune` that say how times are taken, or what a model should compute: a plan has no use for them."""
+WHAT = (
+    "ctx", "gpu", "model", "phase", "group_size", "window_size", "heads", "kv_heads", "head_dim", "batch", "dtype",
+    "core_heads", "pooling", "kernels", "candidates",
+)  # fmt: skip
+"""Options that say what to plan for."""
+HOW = ("effort", "budget", "devices", "seed", "retry_failed", "allow_busy")
+"""Options that say how times are taken."""
+WHERE = ("cache_dir", "jobs", "as_json", "quiet")
 
+OPTIONS = inspect.signature(cli.tune, eval_str=True).parameters
+PROFILE = inspect.Parameter(
+    "profile",
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    annotation=Annotated[Path, typer.Argument(metavar="PROFILE", help="What cca-tune plan wrote.")],
+)
+OUTPUT = inspect.Parameter(
+    "output",
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    default=None,
+    annotation=Annotated[Path | None, typer.Option("--output", help="Profile to write; default: PROFILE itself.")],
+)
 app = new_app()
 
 
+def _taking(*parameters: inspect.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a function of keyword arguments these parameters, for typer to see."""
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return function
+
+    return decorate
+
+
+def _complete(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with every other option of `cca-tune` as it is by default."""
+    return {name: given.get(name, option.default) for name, option in OPTIONS.items()}
+
+
+@app.command(epilog="Example: cca-tune plan --gpu h200 --ctx 131072, then on it: cca-tune confirm h200.yaml")
+@_taking(*(OPTIONS[name] for name in (*WHAT, "output", *WHERE)))
 def plan(**given: Any) -> int:
-    """Compile every legal config for a GPU, at hand or not, rank them by the model, and write the profile of that.
+    """Compile every legal config for a GPU, here or not, rank them by the model, and write the profile of that.
 
     Nothing is timed: the profile says modelled, and has a short list of each kernel for cca-tune confirm.
     """
-    without = {name: _OPTIONS[name].default for name in ON_THE_GPU} | {"effort": "exhaustive"}
-    given = {**given, **without}
+    given = _complete(given) | {"effort": "exhaustive"}
     problems = cli._problems(given)
     device = cli._device(given["gpu"])
     output = given["output"] or Path(f"{device.name}.yaml")
     check_output("--output", output)
-    requests = [replace(request, at_hand=False) for request in cli._requests(given, problems, device)]
+    requests = cli._requests(given, problems, device)
     portable = tuple(tunable for tunable in requests[0].tunables if not tunable.archs)
-    requests = [replace(request, tunables=portable) for request in requests]
+    requests = [replace(request, at_hand=False, tunables=portable) for request in requests]
     return cli._run(requests, output, as_json=given["as_json"], quiet=given["quiet"])
 
 
-_OPTIONS = inspect.signature(cli.tune, eval_str=True).parameters
-_PLANNED = {name: option for name, option in _OPTIONS.items() if name not in ON_THE_GPU}
-plan.__signature__ = inspect.Signature(list(_PLANNED.values()))  # type: ignore[attr-defined]
-plan.__annotations__ = {name: option.annotation for name, option in _PLANNED.items()}
-app.command(epilog="Example: cca-tune plan --gpu h200 --ctx 131072, then on it: cca-tune confirm h200.yaml")(plan)
-
-
-@app.command(epilog="Example: cca-tune confirm h200.yaml. Exit codes: as of cca-tune; 2 where that GPU is not.")
-def confirm(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="What cca-tune plan wrote.")],
-    output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: PROFILE itself.")] = None,
-    rounds: Annotated[int, number("--rounds", "How often the configs are timed.")] = 12,
-    seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
-    allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
-    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
-    jobs: Annotated[int | None, number("--jobs", "Worker processes; default: one for each core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")] = False,
-) -> int:
+@app.command(epilog="Example: cca-tune confirm h200.yaml. Exit codes: those of cca-tune; 2 where that GPU is not.")
+@_taking(PROFILE, OUTPUT, *(OPTIONS[name] for name in (*HOW, *WHERE) if name in OPTIONS))
+def confirm(profile: Path, **given: Any) -> int:
     """Time the short lists of a plan on its GPU, beside the built-in configs, and write what was measured.
 
     Each config is verified before it is timed, and each choice again after.
     """
-    output = output or profile
-    check_output("--output", output)
-    for option, value, least in (("--rounds", rounds, 1), ("--seed", seed, 0)):
-        if value < least:
-            raise Refused(f"{option} must be at least {least}, got {value}")
-    jobs = cli._default_jobs() if jobs is None else jobs
-    if jobs < 1:
-        raise Refused(f"--jobs must be at least 1, got {jobs}")
-    requests = _confirmations(profile, {"rounds": rounds, "seed": seed, "jobs": jobs, "cache_folder": cache_dir})
-    return cli._run(requests, output, as_json=as_json, quiet=quiet, given={"allow_busy": allow_busy})
-
-
-def _confirmations(path: Path, options: dict[str, Any]) -> Any:
-    """The runs that confirm the plan at `path`, on this machine."""
-    from platformdirs import user_cache_path
-
-    from .autotune.devices import device_at_hand
-    from .autotune.plan import PlanError, requests_of
-    from .profiles.configs import tunables
+    from .autotune.options import Bucket
+    from .autotune.plan import PlanError, confirmation, planned
     from .profiles.store import ProfileError, read_profile
 
+    given = _complete(given) | {"ctx": ""}
+    output = given["output"] or profile
+    check_output("--output", output)
     try:
-        plan = read_profile(path)
+        found = read_profile(profile)
+        lists = planned(found)
     except ProfileError as error:
         raise Refused(str(error)) from error
-    try:
-        here = device_at_hand()
-    except LookupError:
-        here = None  # a GPU that the table does not have is not the plan's
-    if here is None or here.name != plan.device.name:
-        found = "no GPU that is known" if here is None else f"an {here.name}"
-        raise Refused(f"{path} is to be confirmed on {plan.device.name}, and here is {found}", USAGE)
-    options["cache_folder"] = options["cache_folder"] or user_cache_path("cca-attention")
-    try:
-        return requests_of(plan, here, tunables(here.arch), {**options, "most_compiled": 0})
     except PlanError as error:
-        raise Refused(f"{path} cannot be confirmed: {error}") from error
+        raise Refused(f"{profile} cannot be confirmed: {error}") from error
+    problems = [(Bucket(problem.seq_len, problem.seq_len), problem) for problem in lists]
+    requests = cli._requests(given, problems, cli._device(found.device.name))
+    if not requests[0].at_hand:
+        raise Refused(f"{profile} is a plan for {found.device.name}, which is not in this machine", USAGE)
+    requests = [confirmation(request, lists[request.problem]) for request in requests]
+    return cli._run(requests, output, as_json=given["as_json"], quiet=given["quiet"], given=given)
