@@ -59,6 +59,13 @@ CACHE: dict[str, Mutant] = {
             "slot = torch.arange(self.ring, device=q.device)",
             "slot = torch.arange(1, self.ring + 1, device=q.device)",
         ),
+        check="any_chunks_give_the_same_state",
+        case=STEPS,
+    ),
+    "first_prompt_shifted_round_the_ring": fault(
+        "D3",
+        "the prefill of an empty cache puts its last tokens one slot further round the ring",
+        Patch(STATE, "torch.arange(tokens - kept, tokens,", "1 + torch.arange(tokens - kept, tokens,"),
         check="decode_equals_prefill",
         case=STEPS,
     ),
