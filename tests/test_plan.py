@@ -156,8 +156,9 @@ def test_a_plan_is_confirmed_where_its_gpu_is(toy: Any, cache: Path, tmp_path: P
 
 
 def test_what_cannot_be_confirmed_is_refused_with_one_line(
-    toy: Any, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Any, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cli, "_chosen_tunables", lambda *_: (toy.HARMFUL,))
     path = tmp_path / "plan.yaml"
     for content, said in (
         (None, f"{path} is not a file"),
