@@ -122,11 +122,11 @@ class Card:
         return int(count.value) if status in (0, 7) else None
 
 
-def card_at_hand() -> Card | None:
-    """The GPU that PyTorch would use here; None without one, or where nobody can be asked about it."""
+def card_at_hand(index: int = 0) -> Card | None:
+    """The GPU that PyTorch has under `index` here; None without one, or where nobody can be asked about it."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    uuid = str(torch.cuda.get_device_properties().uuid)
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
     try:
         return Card(ctypes.CDLL(LIBRARY), uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
     except (OSError, LookupError):

@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..kernels.tunable import Config
-from .card import Card
 from .journal import Journal, Key, Phase
 from .keys import Keys, config_fields
 from .measure import Timing
@@ -23,6 +22,7 @@ from .pool import Done, Job, Pool
 from .predict import roofline_us
 from .progress import Progress, Request
 from .race import Round
+from .stations import Station
 from .strategies import STRATEGIES, Space
 
 MOST_LOST = 4
@@ -42,26 +42,31 @@ class Contest:
         prepare: compiles and verifies configs that were not yet, and enters them in the kernel's trials.
         put_out: quarantines a config for what a record of a phase says against it.
         watch: is told whenever a round has ended.
-        card: is asked for its state after each round; None where it cannot be.
     """
 
     def __init__(
         self, request: Request, journal: Journal, keys: Keys, prepare: Prepare, put_out: PutOut,
-        watch: Callable[[Progress], None], card: Card | None = None,
+        watch: Callable[[Progress], None],
     ) -> None:  # fmt: skip
         self._request, self._journal, self._keys = request, journal, keys
-        self._prepare, self._put_out, self._watch, self._card = prepare, put_out, watch, card
+        self._prepare, self._put_out, self._watch = prepare, put_out, watch
 
-    def run(self, kernel: Progress, pool: Pool, until: float) -> None:
-        """Time one kernel's configs until the search has seen enough, or `until` (of `time.monotonic`) has passed."""
+    def run(self, kernel: Progress, station: Station, until: float) -> None:
+        """Time one kernel's configs until the search has seen enough, or `until` (of `time.monotonic`) has passed.
+
+        Raises:
+            LostError: if the station's GPU is lost; what was timed is kept, and can be gone on from elsewhere.
+        """
         request = self._request
+        for found in (kernel.rounds, kernel.samples, kernel.states):
+            found.clear()
         space = Space(kernel.space, most=request.most_compiled, rounds=request.rounds, seed=request.seed)
         search = STRATEGIES[request.strategy](space)
         try:
             asked = next(search)
             while kernel.trouble is None:
                 self._prepare(kernel, asked)
-                asked = search.send(self._round(kernel, asked, pool))
+                asked = search.send(self._round(kernel, asked, station))
                 self._watch(kernel)
                 if time.monotonic() > until:
                     search.close()
@@ -71,13 +76,13 @@ class Contest:
             pass
         self._summarise(kernel)
 
-    def _round(self, kernel: Progress, asked: tuple[Config, ...], pool: Pool) -> Round:
+    def _round(self, kernel: Progress, asked: tuple[Config, ...], station: Station) -> Round:
         """One time of each config that was asked for and of the built-in one, from the journal or from the GPU."""
         number = len(kernel.rounds)
         running = [config for config in dict.fromkeys((*asked, kernel.default)) if self._stands(kernel, config)]
         record = self._journal.get(self._key(kernel, number, running))
         if record is None:
-            record = self._measured(kernel, number, running, pool)
+            record = self._measured(kernel, number, running, station)
             if kernel.trouble is None:
                 # with the survivors' key: that is what the next run asks for, which knows who is out
                 survivors = [config for config in running if self._stands(kernel, config)]
@@ -105,15 +110,16 @@ class Contest:
         if trial is None or trial.refusal is not None:
             return False
         record = self._journal.get(self._keys.of("measure", kernel.tunable, config))
-        if record is not None:
-            self._put_out(kernel, config, record, "measure")
-        return record is None
+        if record is None or record.get("failed") is None:
+            return True
+        self._put_out(kernel, config, record, "measure")
+        return False
 
-    def _measured(self, kernel: Progress, number: int, running: list[Config], pool: Pool) -> dict[str, Any]:
+    def _measured(self, kernel: Progress, number: int, running: list[Config], station: Station) -> dict[str, Any]:
         """A round that the GPU does now, and its state; it is done over while the clocks are held back."""
         for _ in range(PATIENCE):
-            samples_us = self._time(kernel, number, running, pool)
-            state = None if self._card is None else self._card.state()
+            samples_us = self._time(kernel, number, running, station.pool)
+            state = station.state()
             if state is None or not state.unfit or kernel.trouble is not None:
                 break
             time.sleep(COOL_DOWN_S)
@@ -127,14 +133,17 @@ class Contest:
         for config in random.Random(f"{self._request.seed} {number}").sample(running, len(running)):
             args = (kernel.tunable.config.__module__, kernel.name, config, self._request.problem)
             ((_, outcome),) = pool.run([Job(config, self._request.sample, args)], self._request.limit_s["measure"])
+            key = self._keys.of("measure", kernel.tunable, config)
             if isinstance(outcome, Done):
                 samples[config_fields(config)] = outcome.value
+                if self._journal.forgot(key):
+                    self._journal.add([(key, {"failed": None})])
                 continue
             if NO_ROOM_FOR_TENSORS in outcome.message:
                 kernel.trouble = outcome.message
                 break
             record = {"failed": outcome_of(outcome, "measure"), "message": outcome.message}
-            self._journal.add([(self._keys.of("measure", kernel.tunable, config), record)])
+            self._journal.add([(key, record)])
             self._put_out(kernel, config, record, "measure")
             lost += 1
             if lost >= MOST_LOST and not samples and not kernel.samples:

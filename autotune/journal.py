@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,7 @@ class Journal:
         except OSError as error:
             raise JournalError(f"the cache directory {folder} cannot be written: {error.strerror or error}") from error
         self._records: dict[Key, Mapping[str, Any]] = {}
+        self._forgotten: set[Key] = set()
         self._read_to = self._lines = 0
         self.refresh()
 
@@ -75,6 +76,18 @@ class Journal:
     def get(self, key: Key) -> Mapping[str, Any] | None:
         """What was recorded last under `key`, or None."""
         return self._records.get(key)
+
+    def forget(self, out: Callable[[Key, Mapping[str, Any]], bool]) -> int:
+        """Know nothing, until it is recorded anew, of what `out` is true of; how many that are. The file keeps it."""
+        gone = {key for key, value in self._records.items() if out(key, value)}
+        for key in gone:
+            del self._records[key]
+        self._forgotten |= gone
+        return len(gone)
+
+    def forgot(self, key: Key) -> bool:
+        """Whether the file has a record of `key` that was forgotten, and no later one."""
+        return key in self._forgotten
 
     def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
         """Append finished trials; on return they are on the disk.
@@ -129,7 +142,9 @@ class Journal:
                 record = json.loads(line)
                 if record["version"] != VERSION:
                     raise ValueError(f"it is of version {record['version']}, this program writes {VERSION}")
-                self._records[Key(**record["key"])] = record["value"]
+                key = Key(**record["key"])
+                self._records[key] = record["value"]
+                self._forgotten.discard(key)
             except (ValueError, KeyError, TypeError) as error:
                 message = f"{self.path}, line {self._lines}, is not a record ({error}); repair it or move the file away"
                 raise JournalError(message) from error

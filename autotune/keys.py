@@ -44,15 +44,15 @@ class Keys:
         return Key("choice", tunable.name, "", str(self.problem), "", self.device.name, "")
 
 
-def card_here(driver: str | None) -> str | None:
-    """The GPU of this machine by all that a kernel's behaviour on it depends on; None if there is none.
+def card_here(driver: str | None, index: int = 0) -> str | None:
+    """A GPU of this machine by all that a kernel's behaviour on it depends on; None if there is none.
 
     Args:
         driver: its version, None if nobody tells.
     """
     if not torch.cuda.is_available():
         return None
-    card = torch.cuda.get_device_properties()
+    card = torch.cuda.get_device_properties(index)
     size = f"{card.multi_processor_count} SMs, {card.total_memory // 2**30} GiB"
     return f"{card.name}, sm_{card.major}{card.minor}, {size}, driver {driver or 'unknown'}, torch {torch.__version__}"
 

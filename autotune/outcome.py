@@ -56,3 +56,8 @@ def against(record: Mapping[str, Any], phase: Phase) -> Quarantined:
     if outcome == "crash":
         outcome = _of_message(record["message"])
     return Quarantined(outcome, record["message"], phase)
+
+
+def speaks_against(record: Mapping[str, Any]) -> bool:
+    """Whether a trial's record puts its config out: a failed job, or evidence of the gate against it."""
+    return record.get("failed") is not None or record.get("ok") is False

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 SETUP_LIMIT_S = 180.0
 """A worker that is not ready by then (importing PyTorch on a busy machine) never will be."""
@@ -20,11 +22,15 @@ SETUP_LIMIT_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Call `function(*args)` in a worker; both must pickle. `tag` is the caller's own."""
+    """Call `function(*args)` in a worker; both must pickle. `tag` is the caller's own.
+
+    `must`: it is done even if the time is up.
+    """
 
     tag: Any
     function: Callable[..., Any]
     args: tuple[Any, ...]
+    must: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +50,25 @@ class Failed:
     seconds: float
 
 
-def _serve(pipe: Connection, setup: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """A worker's life: its own process group, quiet, until the pipe closes."""
-    os.setsid()
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
-    pipe.send(_attempt(setup, args))
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_attempt(function, arguments))
+class LostError(RuntimeError):
+    """No worker can be had any more; the message says why."""
 
 
-def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Done | Failed:
+class Worker(Protocol):
+    """One process, which runs its set-up and then one job after the other."""
+
+    def give(self, job: Job) -> None:
+        """Begin a job."""
+
+    def answer(self) -> Done | Failed:
+        """What came of the set-up or of the job; after `wait` of its pool has named it, or it waits."""
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+
+
+def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Done | Failed:
+    """A call as an outcome."""
     started = time.monotonic()
     try:
         value = function(*args)
@@ -69,8 +78,23 @@ def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Done | Fail
     return Done(value, time.monotonic() - started)
 
 
-class _Worker:
-    """One process, and the job it is at."""
+def _serve(pipe: Connection, setup: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """A worker's life: its own process group, quiet, until the pipe closes."""
+    os.setsid()
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    pipe.send(attempt(setup, args))
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(attempt(function, arguments))
+
+
+class Process:
+    """A worker on this machine."""
 
     def __init__(self, setup: Callable[..., None], args: tuple[Any, ...]) -> None:
         import triton
@@ -78,45 +102,82 @@ class _Worker:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, setup, args))
-        # workers compile: if this process interprets its kernels, they must not
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = False
-            self._process.start()
+        # workers compile: if this process interprets its kernels, they must not; Ctrl-C is for this process alone
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with triton.knobs.runtime.scope():
+                triton.knobs.runtime.interpret = False
+                self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+
+    def give(self, job: Job) -> None:
+        """Begin a job; if the process is gone, `answer` says so."""
+        try:
+            self.pipe.send((job.function, job.args))
+        except BrokenPipeError:
+            return
+
+    def answer(self) -> Done | Failed:
+        """What it sent, or that it is gone."""
+        try:
+            outcome: Done | Failed = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(timeout=5)
+            return Failed("crashed", f"the worker ended with code {self._process.exitcode}", 0.0)
+        return outcome
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        self.strike()
+        self._process.join()
+        self.pipe.close()
+
+    def strike(self) -> None:
+        """The signal alone, from any thread: whoever waits for an answer learns that the process is gone."""
+        try:
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:
+            # it has no group of its own yet, or is gone
+            self._process.kill()
+
+
+class _Seat:
+    """A worker's place: what it is set up for, the job it is at, and what it is still to be blamed for."""
+
+    def __init__(self, worker: Any, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
+        self.worker, self.place, self.owed = worker, place, owed
         self.job: Job | None = None
         self.ready = False
         self.started = time.monotonic()
 
     def give(self, job: Job) -> None:
         self.job, self.started = job, time.monotonic()
-        self.pipe.send((job.function, job.args))
-
-    def exit_code(self) -> int | None:
-        self._process.join(timeout=5)
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        """End the process and all that it started."""
-        try:
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
-        except ProcessLookupError:
-            # it has no group of its own yet, or is gone
-            self._process.kill()
-        self._process.join()
-        self.pipe.close()
+        self.worker.give(job)
 
 
 class Pool:
-    """`size` workers that each ran `setup(*args)`; a worker that was lost is replaced.
+    """`size` workers that each ran ``setup(*args, *place)``; a worker that was lost is replaced.
 
-    `renew` replaces those whose job raised as well: a GPU context does not survive every error.
+    A job that took its worker down is blamed for it only once another worker stands in its place. Where none can be
+    set up, the place is `lost`, and its jobs are done at the others.
+
+    Args:
+        places: further arguments of the set-up, in turn: a GPU each, for example.
+        renew: replace workers whose job raised as well: a GPU context does not survive every error.
     """
 
-    def __init__(self, size: int, setup: Callable[..., None], *args: Any, renew: bool = False) -> None:
-        self._make: Callable[[], _Worker] = lambda: _Worker(setup, args)
-        self._size = size
-        self._renew = renew
-        self._workers: list[_Worker] = []
+    def __init__(
+        self, size: int, setup: Callable[..., None], *args: Any, renew: bool = False,
+        places: Sequence[tuple[Any, ...]] = ((),),
+    ) -> None:  # fmt: skip
+        self._setup, self._args, self._size, self._renew = setup, args, size, renew
+        self._places = list(places)
+        self._seats: list[_Seat] = []
+        self._turn = threading.Lock()
+        self._stopped = False
+        self.lost: dict[tuple[Any, ...], str] = {}
 
     def __enter__(self) -> Pool:
         return self
@@ -128,59 +189,111 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; jobs that are given later get new ones."""
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+        for seat in self._seats:
+            seat.worker.kill()
+        self._seats.clear()
 
-    def run(self, jobs: Iterable[Job], limit_s: float) -> Iterator[tuple[Job, Done | Failed]]:
+    def stop(self) -> None:
+        """End what is running in another thread, there with a `LostError`; nothing can be given any more."""
+        self._stopped = True
+        for seat in list(self._seats):
+            seat.worker.strike()
+
+    def make(self, place: tuple[Any, ...]) -> Any:
+        """A new worker."""
+        return Process(self._setup, (*self._args, *place))
+
+    def wait(self, workers: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Those that have an answer; none after `timeout_s`."""
+        heard = connection.wait([worker.pipe for worker in workers], timeout=timeout_s)
+        return [worker for worker in workers if worker.pipe in heard]
+
+    def run(self, jobs: Iterable[Job], limit_s: float, until: float = math.inf) -> Iterator[tuple[Job, Done | Failed]]:
         """Every job with its outcome, as they end. `limit_s` seconds for each.
 
+        Those that had not begun when the clock (`time.monotonic`) passed `until` are left out, unless they must be
+        done. One thread at a time has the workers; others wait.
+
         Raises:
-            RuntimeError: if the workers' setup fails, since then no job can be done.
+            LostError: if the workers' set-up fails, since then no job can be done.
         """
-        waiting = deque(jobs)
-        while len(self._workers) < min(self._size, len(waiting)):
-            self._workers.append(self._make())
-        while waiting or any(worker.job for worker in self._workers):
-            for worker in self._workers:
-                if worker.ready and worker.job is None and waiting:
-                    worker.give(waiting.popleft())
-            active = {w.pipe: w for w in self._workers if w.job or not w.ready}
-            now = time.monotonic()
-            soonest = min(w.started + (limit_s if w.ready else SETUP_LIMIT_S) for w in active.values())
-            heard = connection.wait(list(active), timeout=max(0.0, soonest - now))
-            yield from self._listen([active[pipe] for pipe in heard if isinstance(pipe, Connection)])
-            yield from self._expire(limit_s)
+        with self._turn:
+            waiting = deque(jobs)
+            while waiting or any(seat.job or seat.owed for seat in self._seats):
+                if time.monotonic() > until:
+                    waiting = deque(job for job in waiting if job.must)
+                self._occupy(waiting)
+                active = {seat.worker: seat for seat in self._seats if seat.job or not seat.ready}
+                if not active:
+                    return
+                now = time.monotonic()
+                soonest = min(s.started + (limit_s if s.ready else SETUP_LIMIT_S) for s in active.values())
+                for worker in self.wait(list(active), max(0.0, soonest - now)):
+                    yield from self._listen(active[worker], waiting)
+                self._expire(limit_s, waiting)
 
-    def _listen(self, workers: list[_Worker]) -> Iterator[tuple[Job, Done | Failed]]:
-        for worker in workers:
-            job = worker.job
-            try:
-                outcome: Done | Failed = worker.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                code = worker.exit_code()
-                outcome = Failed("crashed", f"the worker ended with code {code}", time.monotonic() - worker.started)
-                self._replace(worker)
-            if job is None:
-                if isinstance(outcome, Failed):
-                    raise RuntimeError(f"a worker could not start: {outcome.message}")
-                worker.ready = True
+    def _occupy(self, waiting: deque[Job]) -> None:
+        """Give what waits to who is free, and let more workers come while there is more."""
+        if self._stopped:
+            raise LostError("the workers were stopped")
+        busy = sum(seat.job is not None or not seat.ready for seat in self._seats)
+        while len(self._seats) < min(self._size, busy + len(waiting)):
+            taken = Counter(seat.place for seat in self._seats)
+            self._sit(min(self._places, key=lambda place: taken[place]))
+            busy += 1
+        for seat in self._seats:
+            if seat.ready and seat.job is None and waiting:
+                seat.give(waiting.popleft())
+
+    def _sit(self, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
+        self._seats.append(_Seat(self.make(place), place, owed))
+
+    def _listen(self, seat: _Seat, waiting: deque[Job]) -> Iterator[tuple[Job, Done | Failed]]:
+        if seat not in self._seats:
+            return  # it went with its place
+        outcome, job = seat.worker.answer(), seat.job
+        if self._stopped:
+            raise LostError("the workers were stopped")
+        seat.job = None
+        if job is not None and isinstance(outcome, Done):
+            yield job, outcome
+        elif job is not None and isinstance(outcome, Failed):
+            if outcome.kind == "crashed" or self._renew:
+                self._replace(seat, job, outcome)
             else:
-                worker.job = None
-                if self._renew and isinstance(outcome, Failed) and outcome.kind == "error":
-                    self._replace(worker)
                 yield job, outcome
+        elif isinstance(outcome, Failed):
+            self._give_up(seat, outcome.message, waiting)
+        else:
+            seat.ready = True
+            owed, seat.owed = seat.owed, None
+            if owed is not None:
+                yield owed
 
-    def _expire(self, limit_s: float) -> Iterator[tuple[Job, Done | Failed]]:
+    def _expire(self, limit_s: float, waiting: deque[Job]) -> None:
         now = time.monotonic()
-        for worker in list(self._workers):
-            if not worker.ready and now - worker.started > SETUP_LIMIT_S:
-                raise RuntimeError(f"a worker was not ready within {SETUP_LIMIT_S:.0f} s")
-            if worker.ready and worker.job is not None and now - worker.started > limit_s:
-                job = worker.job
-                self._replace(worker)
-                yield job, Failed("timeout", f"not done after {limit_s:.0f} s", now - worker.started)
+        for seat in list(self._seats):
+            if not seat.ready and now - seat.started > SETUP_LIMIT_S:
+                self._give_up(seat, f"not ready within {SETUP_LIMIT_S:.0f} s", waiting)
+            elif seat.ready and seat.job is not None and now - seat.started > limit_s:
+                outcome = Failed("timeout", f"not done after {limit_s:.0f} s", now - seat.started)
+                self._replace(seat, seat.job, outcome)
 
-    def _replace(self, worker: _Worker) -> None:
-        worker.kill()
-        self._workers[self._workers.index(worker)] = self._make()
+    def _replace(self, seat: _Seat, job: Job, outcome: Failed) -> None:
+        """Another worker at the same place; the outcome stands if it can be had."""
+        self._leave(seat)
+        self._sit(seat.place, (job, outcome))
+
+    def _leave(self, seat: _Seat) -> None:
+        self._seats.remove(seat)
+        seat.worker.kill()
+
+    def _give_up(self, seat: _Seat, message: str, waiting: deque[Job]) -> None:
+        """A place where nothing can be set up: what was under way there begins anew elsewhere."""
+        self.lost[seat.place] = message
+        self._places = [place for place in self._places if place != seat.place]
+        for other in [other for other in self._seats if other.place == seat.place]:
+            waiting.extendleft(job for job in (other.job, other.owed[0] if other.owed else None) if job is not None)
+            self._leave(other)
+        if not self._places:
+            raise LostError(f"a worker could not start: {message}")

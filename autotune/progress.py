@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..problem import Problem
 from ..verify.gate import TIMEOUT_S
 from .compile import Sketch
 from .devices import Device
+from .host import HostCard, take_card
 from .jobs import Sample, Verify, recheck_by_gate, verify_by_gate
 from .journal import Phase
 from .measure import sample
@@ -30,10 +31,13 @@ class Request:
     """What to tune. `at_hand`: the GPU is in this machine, so configs are timed, not predicted.
 
     `most_compiled`: configs looked at for each kernel, by the model's estimate or by the `strategy`; 0 for all.
-    `rounds`: how often the best are timed; `budget_s`: seconds after which the search of the last kernel ends, None for
-    no limit; `seed` of the order in a round and of what a strategy draws; `least_ctx`: the shortest context that the
-    problem's stands for, None for itself alone. `only`: by kernel, what is tried beside the built-in config, None for
-    the whole space. `verify`, `sample` and `recheck` are called in worker processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a job of each phase has.
+    `rounds`: how often the best are timed; `budget_s`: seconds after which all search ends, None for no limit; `seed`
+    of the order in a round and of what a strategy draws; `least_ctx`: the shortest context that the problem's stands
+    for, None for itself alone. `only`: by kernel, what is tried beside the built-in config, None for the whole space.
+    `cards`: the GPUs to time on, all alike; with none, the one that PyTorch uses; `take` makes a worker process use
+    one of them. `retry_failed`: what earlier runs put out is tried again. `verify`, `sample` and `recheck` are called
+    in worker processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a
+    job of each phase has.
     """
 
     device: Device
@@ -49,6 +53,9 @@ class Request:
     seed: int = 0
     least_ctx: int | None = None
     only: Mapping[str, tuple[Config, ...]] | None = None
+    cards: tuple[HostCard, ...] = ()
+    take: Callable[[str], None] = take_card
+    retry_failed: bool = False
     verify: Verify = verify_by_gate
     sample: Sample = sample
     recheck: Verify = recheck_by_gate
@@ -60,15 +67,18 @@ class Progress:
     """One kernel: the stage it is at, what became of its configs, and what was chosen.
 
     Of `legal` configs (`refused` more broke their own rules), `same` launch what another does, `ruled_out` cannot fit,
-    `outranked` were expected to be slower than those compiled, `failed` did not compile or gave no believable time,
-    `dropped` do not fit once compiled, `quarantined` did harm or were wrong when they ran, whatever the next run is.
-    `checked` has the evidence for a config before it was timed, `space` what may be timed, the best by the model first,
-    `rounds` and `samples` (by round) what was, `states` how the GPU was after each, `out_of_time` that the budget ended
-    it. `trouble` says why nothing was chosen.
+    `outranked` were expected to be slower than those compiled, for `left_out` the budget had no time, `failed` did not
+    compile or gave no believable time, `dropped` do not fit once compiled, `quarantined` did harm or were wrong when
+    they ran, whatever the next run is. `checked` has the evidence for a config before it was timed, `space` what may
+    be timed, the best by the model first, `rounds` and `samples` (by round) what was, `states` how the GPU was after
+    each, `out_of_time` that the budget ended it. `trouble` says why nothing was chosen. `seq_len` is the problem's,
+    `at_hand` says that configs are timed.
     """
 
     tunable: Tunable
     default: Config
+    seq_len: int = 0
+    at_hand: bool = False
     stage: str = "waiting"
     legal: int = 0
     refused: int = 0
@@ -76,6 +86,7 @@ class Progress:
     ruled_out: Counter[str] = field(default_factory=Counter)
     outranked: int = 0
     to_compile: int = 0
+    left_out: int = 0
     cached: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -106,4 +117,5 @@ class Progress:
 
 def plan(request: Request) -> list[Progress]:
     """The kernels of a run that has not begun."""
-    return [Progress(t, t.default(request.problem, request.device.arch)) for t in request.tunables]
+    problem, arch = request.problem, request.device.arch
+    return [Progress(t, t.default(problem, arch), problem.seq_len, request.at_hand) for t in request.tunables]

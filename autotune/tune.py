@@ -7,7 +7,6 @@ recorded as it ends, so that an interrupted run goes on where it was.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
@@ -17,23 +16,23 @@ from typing import Any
 from ..kernels.tunable import Config
 from . import jobs, space
 from .binary import Resources
-from .card import card_at_hand
-from .compile import Sketch, aim
-from .contest import Contest
+from .compile import Sketch
+from .contest import Contest, Prepare
+from .host import kind_here
 from .journal import Journal, Phase
-from .keys import Keys, card_here, config_fields
+from .keys import Keys, config_fields
 from .outcome import against, outcome_of
-from .pool import Done, Job, Pool
+from .pool import Done, Job, LostError, Pool
 from .predict import predict
 from .progress import Progress, Request
 from .race import ranking
 from .search import Trial, preference, ranked
+from .stations import Station
 from .strategies import IN_ORDER
+from .workshop import Workshop
 
 MOST_REJECTED = 4
 """Wrong results in a row after which the kernel itself is suspected, and no further config is tried."""
-MOST_CHECKERS = 6
-"""Processes that verify on one GPU at a time; each has a context there, and its own child another."""
 
 Group = tuple[Progress, tuple[Config, ...]]
 Absorb = Callable[[Progress, Config, dict[str, Any]], None]
@@ -47,52 +46,85 @@ class Tuner:
     ) -> None:
         self._request = request
         self._journal = journal
-        self._kernels = kernels
         self._watch = watch
-        self._until: float | None = None
-        self._card = card_at_hand()
-        driver = None if self._card is None else self._card.setting().driver
-        self._keys = Keys(request.device, request.problem, card_here(driver))
+        self.kernels = kernels
+        self.problem = request.problem
+        self.budget_s = math.inf if request.budget_s is None else request.budget_s
+        self._keys = Keys(request.device, request.problem, kind_here(request.cards))
 
     def run(self) -> None:
         """Take every kernel from its space to a verified choice, or to the trouble that prevents one.
 
         Raises:
+            LostError: if no worker can be had that compiles.
             ValueError: if a built-in config cannot run the problem.
         """
-        request = self._request
-        if request.budget_s is not None:
-            self._until = time.monotonic() + request.budget_s
-        with (
-            Pool(request.jobs, aim, request.device.arch) as compilers,
-            Pool(min(request.jobs, MOST_CHECKERS), jobs.no_setup, renew=True) as checkers,
-        ):
-            self._sketch(compilers)
-            self._compile(compilers)
-            if request.at_hand:
-                for kernel in self._kernels:
-                    kernel.stage = "checking"
-                self._check(checkers, self._kernels)
-                self._contest(compilers, checkers)
-            else:
-                compilers.close()
+        with Workshop(self._request) as workshop:
+            workshop.run([self])
+
+    def compile(self, compilers: Pool, until: float) -> None:
+        """Find and compile what may be timed, best first; after `until` nothing begins but the built-in configs."""
+        self._sketch(compilers, until)
+        self._compile(compilers, until)
+
+    def check(self, checkers: Pool, until: float) -> None:
+        """Verify what compiled and fits; after `until` only the built-in configs."""
+        for kernel in self.kernels:
+            kernel.stage = "checking"
+        try:
+            self._check(checkers, self.kernels, until)
+        except LostError as error:
+            self._give_up(error)
+
+    def prepare(self, kernel: Progress, configs: tuple[Config, ...], compilers: Pool, checkers: Pool) -> None:
+        """Compile and verify what a search asks for besides."""
+        new = [(kernel, (config,)) for config in configs if config not in kernel.trials]
+        if new:
+            kernel.to_compile += len(new)
+            self._settle(compilers, "compile", new, jobs.compile_job, self._absorb_compiled)
+            self._check(checkers, [kernel])
+
+    def race(self, kernel: Progress, station: Station, prepare: Prepare, until: float) -> None:
+        """Time what is right of one kernel."""
+        kernel.stage = "timing"
+        contest = Contest(self._request, self._journal, self._keys, prepare, _put_out, self._watch)
+        contest.run(kernel, station, until)
+
+    def settle(self, checkers: Pool) -> None:
+        """Verify the choice, or the next best, of each kernel."""
+        try:
             self._verify(checkers)
+        except LostError as error:
+            self._give_up(error)
+        self._remember()
+
+    def _give_up(self, error: LostError) -> None:
+        for kernel in self.kernels:
+            if kernel.stage not in ("done", "failed"):
+                kernel.stage, kernel.trouble = "failed", f"nothing is left to verify on: {error}"
 
     def _settle(
-        self, pool: Pool, phase: Phase, groups: Sequence[Group], job: Callable[..., Any], absorb: Absorb
-    ) -> None:
-        """Absorb a record for every config of `groups`: the journal's, or the one that `job` makes now."""
+        self, pool: Pool, phase: Phase, groups: Sequence[Group], job: Callable[..., Any], absorb: Absorb,
+        until: float = math.inf,
+    ) -> None:  # fmt: skip
+        """Absorb a record for every config of `groups`: the journal's, or the one that `job` makes now.
+
+        What had not begun at `until` is left out, built-in configs apart.
+        """
         self._journal.refresh()
         waiting = []
         for kernel, group in groups:
             unknown = tuple(config for config in group if not self._recall(phase, kernel, config, absorb))
             if unknown:
                 module = kernel.tunable.config.__module__
-                waiting.append(Job((kernel, unknown), job, (module, kernel.name, self._request.problem, unknown)))
-        for kernel in self._kernels:
+                args = (module, kernel.name, self._request.problem, unknown)
+                waiting.append(Job((kernel, unknown), job, args, must=kernel.default in unknown))
+                kernel.left_out += len(unknown)
+        for kernel in self.kernels:
             self._watch(kernel)
-        for done, outcome in pool.run(waiting, self._request.limit_s[phase]):
+        for done, outcome in pool.run(waiting, self._request.limit_s[phase], until):
             kernel, configs = done.tag
+            kernel.left_out -= len(configs)
             if isinstance(outcome, Done):
                 records = outcome.value
             else:
@@ -113,15 +145,15 @@ class Tuner:
         absorb(kernel, config, dict(record))
         return True
 
-    def _sketch(self, pool: Pool) -> None:
+    def _sketch(self, pool: Pool, until: float) -> None:
         groups = []
-        for kernel in self._kernels:
+        for kernel in self.kernels:
             configs, kernel.refused = space.legal_configs(kernel.tunable, self._request.problem, kernel.default)
             if self._request.only is not None:
                 configs = [c for c in configs if c == kernel.default or c in self._request.only[kernel.name]]
             kernel.legal, kernel.stage = len(configs), "examining"
             groups += [(kernel, group) for group in space.tile_groups(configs)]
-        self._settle(pool, "sketch", groups, jobs.sketch_job, self._absorb_sketch)
+        self._settle(pool, "sketch", groups, jobs.sketch_job, self._absorb_sketch, until)
 
     def _absorb_sketch(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
         if "failed" in record:
@@ -129,13 +161,13 @@ class Tuner:
         else:
             kernel.sketches[config] = Sketch.from_dict(record)
 
-    def _compile(self, pool: Pool) -> None:
+    def _compile(self, pool: Pool, until: float) -> None:
         queues: list[list[Group]] = []
-        for kernel in self._kernels:
+        for kernel in self.kernels:
             shortlist = self._shortlist(kernel)
             kernel.stage, kernel.to_compile = "compiling", len(shortlist)
             queues.append([(kernel, (config,)) for config in shortlist])
-        self._settle(pool, "compile", list(_in_turns(queues)), jobs.compile_job, self._absorb_compiled)
+        self._settle(pool, "compile", list(_in_turns(queues)), jobs.compile_job, self._absorb_compiled, until)
 
     def _shortlist(self, kernel: Progress) -> list[Config]:
         """The default, then those that may fit, each launch only once, from the one that the model expects most of."""
@@ -178,16 +210,19 @@ class Tuner:
         prediction = predict(request.device, request.problem, config, work, launches)
         kernel.trials[config] = Trial(config, resources, prediction)
 
-    def _check(self, pool: Pool, kernels: Sequence[Progress]) -> None:
-        """Verify whatever compiled and fits: nothing is timed before it gave right results."""
-        groups = [
-            (kernel, (trial.config,))
-            for kernel in kernels
-            for trial in kernel.trials.values()
-            if trial.refusal is None and trial.config not in kernel.checked
-        ]
+    def _check(self, pool: Pool, kernels: Sequence[Progress], until: float = math.inf) -> None:
+        """Verify whatever compiled and fits, best first: nothing is timed before it gave right results."""
+        queues: list[list[Group]] = []
+        for kernel in kernels:
+            place = {config: number for number, config in enumerate(kernel.space)}
+            open_trials = [t for t in kernel.trials.values() if t.refusal is None and t.config not in kernel.checked]
+            open_trials.sort(key=lambda trial: place.get(trial.config, len(place)))
+            queues.append([(kernel, (trial.config,)) for trial in open_trials])
         job = partial(jobs.verify_job, verify=self._request.verify)
-        self._settle(pool, "verify", groups, job, self._absorb_check)
+        self._settle(pool, "verify", list(_in_turns(queues)), job, self._absorb_check, until)
+        for kernel in kernels:
+            for config in [c for c, t in kernel.trials.items() if t.refusal is None and c not in kernel.checked]:
+                kernel.trials[config] = replace(kernel.trials[config], refusal="there was no time to verify it")
 
     def _absorb_check(self, kernel: Progress, config: Config, record: dict[str, Any]) -> None:
         if record.get("ok"):
@@ -195,37 +230,19 @@ class Tuner:
         else:
             _put_out(kernel, config, record, "verify")
 
-    def _contest(self, compilers: Pool, checkers: Pool) -> None:
-        """Time what is right, one kernel after the other; what a search asks for besides is compiled and verified."""
-        request = self._request
-
-        def prepare(kernel: Progress, configs: tuple[Config, ...]) -> None:
-            new = [(kernel, (config,)) for config in configs if config not in kernel.trials]
-            if new:
-                kernel.to_compile += len(new)
-                self._settle(compilers, "compile", new, jobs.compile_job, self._absorb_compiled)
-                self._check(checkers, [kernel])
-
-        contest = Contest(request, self._journal, self._keys, prepare, _put_out, self._watch, self._card)
-        with Pool(1, jobs.no_setup, renew=True) as timer:
-            for number, kernel in enumerate(self._kernels):
-                kernel.stage = "timing"
-                left = math.inf if self._until is None else max(0.0, self._until - time.monotonic())
-                contest.run(kernel, timer, time.monotonic() + left / (len(self._kernels) - number))
-
     def _verify(self, pool: Pool) -> None:
         """Check the best config of each kernel, then the next of those whose check it failed.
 
         One that was timed was checked before: it is checked again, for what repeated use may have brought out.
         """
-        candidates, rejected = {}, {kernel.name: len(kernel.quarantined) for kernel in self._kernels}
-        for kernel in self._kernels:
+        candidates, rejected = {}, {kernel.name: len(kernel.quarantined) for kernel in self.kernels}
+        for kernel in self.kernels:
             kernel.stage = "verifying"
             candidates[kernel.name] = iter(self._order(kernel))
         request = self._request
         phase: Phase = "recheck" if request.at_hand else "verify"
         job = partial(jobs.verify_job, verify=request.recheck if request.at_hand else request.verify)
-        while unsettled := [kernel for kernel in self._kernels if kernel.stage == "verifying"]:
+        while unsettled := [kernel for kernel in self.kernels if kernel.stage == "verifying"]:
             groups = []
             for kernel in unsettled:
                 trial = next(candidates[kernel.name], None)
@@ -236,11 +253,10 @@ class Tuner:
                 else:
                     groups.append((kernel, (trial.config,)))
             self._settle(pool, phase, groups, job, self._absorb_evidence)
-        self._remember()
 
     def _remember(self) -> None:
         """Keep what was chosen by its time: it is preferred when these kernels are timed again."""
-        for kernel in self._kernels:
+        for kernel in self.kernels:
             if kernel.chosen is not None and kernel.rounds:
                 key, record = self._keys.choice(kernel.tunable), {"config": config_fields(kernel.chosen.config)}
                 if self._journal.get(key) != record:

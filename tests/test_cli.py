@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cca_attention import cli
+from cca_attention import cli, cli_cards
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.options import EFFORTS
 from cca_attention.autotune.progress import Request
@@ -236,12 +236,12 @@ def test_a_gpu_that_others_keep_busy_is_not_timed(
         def busy_per_cent(self) -> int | None:
             return per_cent
 
-    monkeypatch.setattr("cca_attention.autotune.card.card_at_hand", Busy)
+    monkeypatch.setattr("cca_attention.autotune.card.card_at_hand", lambda index: Busy())
     if not refused:
-        cli._check_idle()
+        cli_cards.check_idle([])
         return
-    with pytest.raises(Refused, match=r"another process keeps this GPU 55 % busy, .* --allow-busy") as error:
-        cli._check_idle()
+    with pytest.raises(Refused, match=r"another process keeps GPU 0 55 % busy, .* --allow-busy") as error:
+        cli_cards.check_idle([])
     assert error.value.code == NO_DEVICE
 
 

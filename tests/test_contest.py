@@ -20,6 +20,7 @@ from cca_attention.autotune.keys import Keys, config_fields
 from cca_attention.autotune.pool import Done, Failed, Job
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.search import Trial
+from cca_attention.autotune.stations import Station
 from cca_attention.autotune.tune import Tuner, _put_out
 from cca_attention.kernels.tunable import Config, Tunable
 from cca_attention.problem import Problem
@@ -73,8 +74,9 @@ def contest(
     kernel, pool = kernel_of(toy), Here(answer)
     with Journal(folder) as journal:
         keys = Keys(request.device, PROBLEM, "a card")
-        run = Contest(request, journal, keys, lambda *_: None, _put_out, lambda _: None, card)
-        run.run(kernel, pool, until)  # type: ignore[arg-type]
+        run = Contest(request, journal, keys, lambda *_: None, _put_out, lambda _: None)
+        state = (lambda: None) if card is None else card.state
+        run.run(kernel, Station("0", pool, state), until)  # type: ignore[arg-type]
     return kernel, pool
 
 

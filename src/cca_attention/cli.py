@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_runs
+from . import cli_cards, cli_runs
 from .problem import Problem
 from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
@@ -77,8 +77,10 @@ def tune(
     max_error: Annotated[float | None, typer.Option("--max-error", help="Relative L2 from full attention.")] = None,
     prefer: Annotated[str, choice("--prefer", "Of the front, which.", *PREFERENCES)] = "knee",
     qkv: Annotated[Path | None, typer.Option("--qkv", help="Activations for the error: a .safetensors file.")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="Time for searching on the GPU: 90s, 10m.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Time for all of the search: 90s, 10m.")] = None,
+    devices: Annotated[str | None, typer.Option("--devices", help="GPUs to time on: 0,1; default: all alike.")] = None,
     seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what earlier runs put out.")] = False,
     allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
@@ -93,7 +95,7 @@ def tune(
     """
     given = locals()
     problems = _problems(given)
-    device = _device(gpu)
+    device = _device(gpu, devices)
     output = output or Path(f"{device.name}.yaml")
     check_output("--output", output)
     return _run(_requests(given, problems, device), output, as_json=as_json, quiet=quiet, given=given)
@@ -129,10 +131,13 @@ def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:
         raise Refused(message) from error
 
 
-def _device(name: str | None) -> Device:
+def _device(name: str | None, indices: str | None = None) -> Device:
+    """The GPU to tune for: the one named, else that of the first of `indices` (--devices), else the one at hand."""
     from .autotune.devices import device_at_hand, device_table, find_device
 
     known = ", ".join(device_table())
+    if name is None and indices is not None:
+        name = cli_cards.named(indices)[0].name
     try:
         device = device_at_hand() if name is None else find_device(name)
     except LookupError as error:
@@ -151,7 +156,6 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     from platformdirs import user_cache_path
 
     from .autotune import options
-    from .autotune.devices import device_at_hand
     from .autotune.progress import Request
 
     jobs = _default_jobs() if given["jobs"] is None else given["jobs"]
@@ -167,12 +171,10 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     if given["strategy"] not in STRATEGIES:
         hint = options.suggestion(given["strategy"], STRATEGIES)
         raise Refused(f"--strategy must be one of {', '.join(STRATEGIES)}, got {given['strategy']!r}{hint}")
-    try:
-        at_hand = device_at_hand() == device
-    except LookupError:
-        at_hand = False  # a GPU that the table does not have is not the one asked for
+    cards = cli_cards.to_use(device, given["devices"])
     same: dict[str, Any] = {
-        "device": device, "tunables": _chosen_tunables(given, device.arch if at_hand else None), "at_hand": at_hand,
+        "device": device, "tunables": _chosen_tunables(given, device.arch if cards else None), "at_hand": bool(cards),
+        "cards": cards, "retry_failed": given["retry_failed"],
         "cache_folder": given["cache_dir"] or user_cache_path("cca-attention"), "jobs": jobs,
         "most_compiled": candidates, "rounds": effort.rounds, "strategy": given["strategy"], "budget_s": budget_s,
         "seed": given["seed"],
@@ -213,7 +215,7 @@ def _run(
     given, words = given or {}, Console(stderr=True, quiet=quiet)
     results = words if as_json else Console()
     if requests[0].at_hand and not given.get("allow_busy"):
-        _check_idle()
+        cli_cards.check_idle([card.index for card in requests[0].cards])
     try:
         found = _recommended(requests, given, words, results) if given.get("search_semantics") else None
         session = Session(requests if found is None else [found.request], output, words, quiet=quiet, found=found)
@@ -268,14 +270,3 @@ def _recommended(requests: Sequence[Request], given: dict[str, Any], words: Cons
         raise Refused(str(error)) from error
     results.print(front_table(outcome))
     return Found.of(requests[0], outcome, "generated data" if given["qkv"] is None else given["qkv"].name)
-
-
-def _check_idle() -> None:
-    """Refuse a GPU that somebody else keeps busy: times there are worth nothing."""
-    from .autotune.card import BUSY_PER_CENT, card_at_hand
-
-    card = card_at_hand()
-    busy = None if card is None else card.busy_per_cent()
-    if busy is not None and busy > BUSY_PER_CENT:
-        message = f"another process keeps this GPU {busy} % busy, and times would be worth nothing"
-        raise Refused(f"{message}; wait for its end, or take them all the same with --allow-busy", NO_DEVICE)

@@ -1,0 +1,119 @@
+"""The worker processes of a command, and the order in which its runs use them.
+
+Everything is compiled, then verified, then timed: what is timed has the machine to itself. With several GPUs each race
+(a kernel at a context) is one GPU's alone, and as many go on at a time as there are GPUs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import jobs
+from .card import card_at_hand
+from .compile import aim
+from .host import HostCard
+from .pool import Pool
+from .progress import Progress, Request
+from .stations import Station, spread
+
+if TYPE_CHECKING:
+    from .tune import Tuner
+
+MOST_CHECKERS = 6
+"""Processes that verify on one GPU at a time; each has a context there, and its own child another."""
+COMPILED_BY, CHECKED_BY = 0.4, 0.6
+"""Shares of the budget after which no further config is compiled, and verified, where the rest goes into timing."""
+
+
+class Workshop:
+    """The workers for requests that differ in their problem alone; a context manager that ends them."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.compilers = Pool(request.jobs, aim, request.device.arch)
+        self.stations = [_station(request, card) for card in request.cards] or [_only_station()]
+        self.checkers = _checkers(request)
+        self._preparing = threading.Lock()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self.compilers, self.checkers, *(station.pool for station in self.stations)):
+            pool.close()
+
+    def run(self, tuners: Sequence[Tuner]) -> None:
+        """Take every kernel of these runs from its space to a verified choice, or to its trouble.
+
+        Raises:
+            LostError: if no worker can be had that compiles.
+            ValueError: if a built-in config cannot run the problem.
+        """
+        begin, budget_s = time.monotonic(), sum(tuner.budget_s for tuner in tuners)
+        at_hand = self._request.at_hand
+        for number, tuner in enumerate(tuners, start=1):
+            share = number / len(tuners) * (COMPILED_BY if at_hand else 1.0)
+            tuner.compile(self.compilers, begin + share * budget_s)
+        self.compilers.close()
+        if at_hand:
+            for number, tuner in enumerate(tuners, start=1):
+                done = COMPILED_BY + (CHECKED_BY - COMPILED_BY) * number / len(tuners)
+                tuner.check(self.checkers, begin + done * budget_s)
+            self._race(tuners, begin + budget_s)
+        for tuner in tuners:
+            tuner.settle(self.checkers)
+
+    def _race(self, tuners: Sequence[Tuner], until: float) -> None:
+        """Time what is right: a kernel at a context is one piece of work, the longest context first."""
+        pieces = [(tuner, kernel) for tuner in tuners for kernel in tuner.kernels]
+        pieces.sort(key=lambda piece: -piece[0].problem.seq_len)
+        left = len(pieces)
+
+        def time_kernel(piece: tuple[Tuner, Progress], station: Station) -> None:
+            nonlocal left
+            now = time.monotonic()
+            share = max(0.0, until - now) * min(1.0, len(self.stations) / left)
+            tuner, kernel = piece
+            tuner.race(kernel, station, self._prepare(tuner, station), now + share)
+            station.done.append(f"{kernel.name} at {tuner.problem.seq_len}")
+            left = max(1, left - 1)
+
+        lost = spread(pieces, self.stations, time_kernel)
+        for _, kernel in lost:
+            kernel.trouble = "; ".join(f"GPU {station.name} is lost: {station.lost}" for station in self.stations)
+
+    def _prepare(self, tuner: Tuner, station: Station) -> Callable[[Progress, tuple[Any, ...]], None]:
+        """What compiles and verifies for a race that asks for more; where others race, at its own GPU alone."""
+        checkers = self.checkers if len(self.stations) == 1 else station.pool
+
+        def prepare(kernel: Progress, configs: tuple[Any, ...]) -> None:
+            with self._preparing:
+                tuner.prepare(kernel, configs, self.compilers, checkers)
+
+        return prepare
+
+
+def _station(request: Request, card: HostCard) -> Station:
+    nvml = card_at_hand(card.index)
+    pool = Pool(1, request.take, renew=True, places=[(card.handle,)])
+    return Station(str(card.index), pool) if nvml is None else Station(str(card.index), pool, nvml.state)
+
+
+def _only_station() -> Station:
+    """The GPU that PyTorch uses of itself."""
+    nvml = card_at_hand()
+    pool = Pool(1, jobs.no_setup, renew=True)
+    return Station("0", pool) if nvml is None else Station("0", pool, nvml.state)
+
+
+def _checkers(request: Request) -> Pool:
+    size = min(request.jobs, MOST_CHECKERS * max(1, len(request.cards)))
+    if not request.cards:
+        return Pool(size, jobs.no_setup, renew=True)
+    return Pool(size, request.take, renew=True, places=[(card.handle,) for card in request.cards])
