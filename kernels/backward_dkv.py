@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
-from .layout import Sequences
+from .layout import Sequences, core_gradient_layout, core_gradients_in
 from .primitives import (
     LOG2_E,
     PACKED,
+    core_gradient_offsets,
     first_query_of_core,
     last_query_of_token,
     load_rows,
     locate,
-    mean_query,
     offset,
+    pooled_gradient,
     row_pointers,
     store_rows,
     tiles_to_launch,
@@ -104,10 +105,11 @@ def gather_queries(
 @triton.jit
 def backward_dcore_kernel(
     q_ptr, k_core_ptr, v_core_ptr, dout_ptr, lse_ptr, delta_ptr, dk_core_ptr, dv_core_ptr, table_ptr,
-    q_strides, core_strides, dout_strides, lse_strides,
+    q_strides, core_strides, grad_strides, dout_strides, lse_strides,
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SCALE: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     # fmt: on
     """dk and dv of BLOCK_C core tokens of one core head, over all later queries of its query heads."""
@@ -137,46 +139,11 @@ def backward_dcore_kernel(
         core_head * q_per_core, q_per_core, q_base, start, full, length - 1, length, first_query, last_query, length,
         SCALE * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
-    dk_tile = row_pointers(dk_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
-    dv_tile = row_pointers(dv_core_ptr + core_at, BLOCK_C, BLOCK_D, core_strides[2])
-    store_rows(dk_tile, dk * SCALE, mask_c, HEAD_DIM, BLOCK_D)
-    store_rows(dv_tile, dv, mask_c, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def pooled_gradient(
-    k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, core_strides, stat_strides,
-    batch, kv_head, cores_per_kv, q_per_core, q_base, core_base, offs_k, mask,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """What the cores of their groups pass on to the tokens `offs_k` [K]: (dk, dv) [K, D]; none where not `mask`."""
-    wide = pool_lse_ptr.dtype.element_ty
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    group = offs_k // GROUP_SIZE
-    dk = tl.zeros([k.shape[0], BLOCK_D], wide)
-    dv = tl.zeros([k.shape[0], BLOCK_D], wide)
-    for core in range(cores_per_kv):
-        core_head = kv_head * cores_per_kv + core
-        core_offs = offset((batch, core_head, core_base + group), core_strides)[:, None] + offs_d[None, :]
-        dk_core = tl.load(dk_core_ptr + core_offs, mask=inside, other=0.0)
-        dv_core = tl.load(dv_core_ptr + core_offs, mask=inside, other=0.0)
-        if MEAN:
-            dk += dk_core / GROUP_SIZE
-            dv += dv_core / GROUP_SIZE
-        else:
-            last = q_base + group * GROUP_SIZE + GROUP_SIZE - 1
-            q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, mask, HEAD_DIM, BLOCK_D)
-            stat_offs = offset((batch, core_head, core_base + group), stat_strides)
-            pool_lse = tl.load(pool_lse_ptr + stat_offs, mask=mask, other=0.0)
-            pool_delta = tl.load(pool_delta_ptr + stat_offs, mask=mask, other=0.0)
-            weights = tl.exp2((tl.sum(k.to(wide) * q, axis=1) * SCALE - pool_lse) * LOG2_E)
-            weights = tl.where(mask, weights, 0.0)
-            da = tl.sum(dk_core * k.to(wide) + dv_core * v.to(wide), axis=1)
-            ds = weights * (da - pool_delta) * SCALE
-            dk += weights[:, None] * dk_core + ds[:, None] * q
-            dv += weights[:, None] * dv_core
-    return dk, dv
+    grad_offs = core_gradient_offsets(
+        batch, core_head, q_base, offs_c, tl.arange(0, BLOCK_D), grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+    )
+    store_rows(dk_core_ptr + grad_offs, dk * SCALE, mask_c, HEAD_DIM, BLOCK_D)
+    store_rows(dv_core_ptr + grad_offs, dv, mask_c, HEAD_DIM, BLOCK_D)
 
 
 # fmt: off
@@ -184,10 +151,11 @@ def pooled_gradient(
 def backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr,
     dk_ptr, dv_ptr, table_ptr,
-    q_strides, k_strides, v_strides, dout_strides, lse_strides, core_strides, stat_strides, dk_strides, dv_strides,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, grad_strides, stat_strides, dk_strides, dv_strides,
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, MEAN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SCALE: tl.constexpr, MEAN: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
+    CORES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     # fmt: on
     """dk and dv of BLOCK_K raw tokens of one key/value head: as raw keys, and as members of their groups."""
@@ -212,19 +180,22 @@ def backward_dkv_kernel(
         kv_head * q_per_kv, q_per_kv, q_base, first_k, last_k, seen_by_all, stop, offs_k, last_query, length,
         SCALE * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
-    grouped = offs_k < length // GROUP_SIZE * GROUP_SIZE
-    core_base = q_base // GROUP_SIZE if LAYOUT == PACKED else 0
-    dk_pooled, dv_pooled = pooled_gradient(
-        k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, core_strides, stat_strides,
-        batch, kv_head, q_per_kv // q_per_core, q_per_core, q_base, core_base, offs_k, grouped,
-        HEAD_DIM, BLOCK_D, GROUP_SIZE, SCALE, MEAN,
-    )  # fmt: skip
+    dk *= SCALE
+    if CORES:
+        grouped = offs_k < length // GROUP_SIZE * GROUP_SIZE
+        dk_pooled, dv_pooled = pooled_gradient(
+            k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, stat_strides,
+            batch, kv_head, q_per_kv // q_per_core, q_per_core, q_base, offs_k, grouped,
+            HEAD_DIM, BLOCK_D, GROUP_SIZE, SCALE, MEAN, LAYOUT, PART, IN_DQ,
+        )  # fmt: skip
+        dk += dk_pooled
+        dv += dv_pooled
     dk_at = offset((batch, kv_head, k_base + first_k), dk_strides)
     dv_at = offset((batch, kv_head, k_base + first_k), dv_strides)
     dk_tile = row_pointers(dk_ptr + dk_at, BLOCK_K, BLOCK_D, dk_strides[2])
     dv_tile = row_pointers(dv_ptr + dv_at, BLOCK_K, BLOCK_D, dv_strides[2])
-    store_rows(dk_tile, dk * SCALE + dk_pooled, mask_k, HEAD_DIM, BLOCK_D)
-    store_rows(dv_tile, dv + dv_pooled, mask_k, HEAD_DIM, BLOCK_D)
+    store_rows(dk_tile, dk, mask_k, HEAD_DIM, BLOCK_D)
+    store_rows(dv_tile, dv, mask_k, HEAD_DIM, BLOCK_D)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,20 +257,21 @@ def launch_backward_dcore(
     sequences: Sequences,
     config: BackwardDcoreConfig,
 ) -> None:
-    """Fill dk_core and dv_core (B, Hc, C, D), in lse's dtype, for every complete group.
+    """Fill dk_core and dv_core, in lse's dtype, (B, Hc, C, D) or as `core_gradients_in` lays them, for every group.
 
-    q, dout: (B, Hq, T, D); k_core, v_core: (B, Hc, C, D), strides as dk_core's; lse, delta: (B, Hq, T).
+    q, dout: (B, Hq, T, D); k_core, v_core: (B, Hc, C, D), with the same strides; lse, delta: (B, Hq, T).
     """
     if 0 in k_core.shape or q.shape[2] == 0:
         return
-    if not k_core.stride() == v_core.stride() == dk_core.stride() == dv_core.stride():
-        raise ValueError("k_core, v_core, dk_core and dv_core must share their strides")
+    if k_core.stride() != v_core.stride():
+        raise ValueError("k_core and v_core must share their strides")
+    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     tokens, head_dim = q.shape[2:]
     batch, core_heads = k_core.shape[:2]
     tiles = tiles_to_launch(tokens, sequences.count, config.block_c * spec.group_size, sequences.is_packed)
     backward_dcore_kernel[tiles, core_heads, batch](
         q, k_core, v_core, dout, lse, delta, dk_core, dv_core, sequences.table,
-        q.stride(), k_core.stride(), dout.stride(), lse.stride(),
+        q.stride(), k_core.stride(), grad_strides, dout.stride(), lse.stride(),
         (sequences.count, tokens, q.shape[1] // core_heads),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
@@ -307,6 +279,7 @@ def launch_backward_dcore(
         WINDOW_SIZE=spec.window_size,
         SCALE=spec.softmax_scale(head_dim),
         LAYOUT=sequences.layout,
+        **grad_layout,
         **config.launch_args(),
     )  # fmt: skip
 
@@ -331,18 +304,20 @@ def launch_backward_dkv(
 ) -> None:
     """Fill dk and dv (B, Hkv, T, D) for every real token.
 
-    q, dout: (B, Hq, T, D); k, v: (B, Hkv, T, D); lse, delta: (B, Hq, T); dk_core, dv_core: (B, Hc, C, D) and
-    pool_lse, pool_delta: (B, Hc, C), all in lse's dtype; pool_delta is not read when pooling is "mean".
+    q, dout: (B, Hq, T, D); k, v: (B, Hkv, T, D); lse, delta: (B, Hq, T); dk_core, dv_core: (B, Hc, C, D), or as
+    `core_gradients_in` lays them, and pool_lse, pool_delta: (B, Hc, C), all in lse's dtype; pool_delta is not read when
+    pooling is "mean". Without a core (C = 0) the tokens get what they get as raw keys.
     """
     if 0 in k.shape:
         return
-    if dk_core.stride() != dv_core.stride() or pool_lse.stride() != pool_delta.stride():
-        raise ValueError("dk_core and dv_core, and pool_lse and pool_delta, must share their strides")
+    if pool_lse.stride() != pool_delta.stride():
+        raise ValueError("pool_lse and pool_delta must share their strides")
+    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     batch, kv_heads, tokens, head_dim = k.shape
     tiles = tiles_to_launch(tokens, sequences.count, config.block_k, sequences.is_packed)
     backward_dkv_kernel[tiles, kv_heads, batch](
         q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv, sequences.table,
-        q.stride(), k.stride(), v.stride(), dout.stride(), lse.stride(), dk_core.stride(), pool_lse.stride(),
+        q.stride(), k.stride(), v.stride(), dout.stride(), lse.stride(), grad_strides, pool_lse.stride(),
         dk.stride(), dv.stride(),
         (sequences.count, tokens, q.shape[1] // kv_heads, q.shape[1] // dk_core.shape[1]),
         HEAD_DIM=head_dim,
@@ -352,6 +327,8 @@ def launch_backward_dkv(
         SCALE=spec.softmax_scale(head_dim),
         MEAN=spec.pooling == "mean",
         LAYOUT=sequences.layout,
+        CORES=dk_core.shape[2] > 0,
+        **grad_layout,
         **config.launch_args(),
     )  # fmt: skip
 
@@ -384,20 +361,19 @@ def allocate_dcore(problem: Problem, device: torch.device, generator: torch.Gene
     wide = accumulator_dtype(tensors["q"].dtype)
     lse = torch.log(torch.arange(1, t + 1, device=device, dtype=wide)) + 0.5
     tensors |= {"lse": lse.expand(q[:3]).contiguous(), "delta": torch.zeros(q[:3], dtype=wide, device=device)}
-    return tensors | {name: torch.empty(core, dtype=wide, device=device) for name in ("dk_core", "dv_core")}
+    grads = core_gradients_in(torch.empty_like(tensors["q"]), tensors["k_core"], problem.group_size, wide)
+    return tensors | {"dk_core": grads[0], "dv_core": grads[1]}
 
 
 def allocate_dkv(problem: Problem, device: torch.device, generator: torch.Generator | None) -> dict[str, Tensor]:
     """As for the cores, with random core gradients and raw k and v; dk and dv empty."""
     tensors = allocate_dcore(problem, device, generator)
-    core = tensors.pop("k_core").shape
-    del tensors["v_core"]
+    k_core, v_core = tensors.pop("k_core"), tensors.pop("v_core")
+    tensors["dk_core"].copy_(k_core.view(tensors["dk_core"].shape))
+    tensors["dv_core"].copy_(v_core.view(tensors["dv_core"].shape))
     kv = (problem.batch, problem.kv_heads, problem.seq_len, problem.head_dim)
-    drawn = draw({"k": kv, "v": kv, "dk_core": core, "dv_core": core}, problem, device, generator)
-    wide = tensors["lse"].dtype
-    tensors |= {"k": drawn["k"], "v": drawn["v"]}
-    tensors |= {name: drawn[name].to(wide) for name in ("dk_core", "dv_core")}
-    pool_lse = torch.full(core[:3], 3.0, dtype=wide, device=device)
+    tensors |= draw({"k": kv, "v": kv}, problem, device, generator)
+    pool_lse = torch.full(k_core.shape[:3], 3.0, dtype=tensors["lse"].dtype, device=device)
     tensors |= {"pool_lse": pool_lse, "pool_delta": torch.zeros_like(pool_lse)}
     return tensors | {"dk": torch.empty_like(tensors["k"]), "dv": torch.empty_like(tensors["v"])}
 

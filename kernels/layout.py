@@ -1,8 +1,9 @@
-"""How the sequences of one call lie in its tensors, as the kernels' `locate` reads it."""
+"""How the sequences of a call lie in its tensors, as the kernels' `locate` reads it, and the gradients of its cores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,3 +54,28 @@ class Sequences:
     def is_packed(self) -> bool:
         """Whether the sequences share one row."""
         return bool(self.layout == PACKED.value)
+
+
+def core_gradients_in(dq: Tensor, k_core: Tensor, group_size: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for dk_core and dv_core of `k_core` (B, Hc, C, D), in dtype `wide`: rows of `dq` (B, Hq, T, D), or new.
+
+    Until the last kernel fills dq, only the row of each group's last query is in use: the first rows of a group hold
+    its core's gradients, a row of them in P rows of dq where `wide` is P times as wide: (B, Hc, C, P, D / P). Groups
+    that are too small for that, or rows that cannot be looked at as `wide`, get tensors (B, Hc, C, D).
+    """
+    core_heads, num_cores, head_dim = k_core.shape[1:]
+    parts = wide.itemsize // dq.itemsize
+    aligned = all(size % parts == 0 for size in (head_dim, *dq.stride()[:3]))
+    if 2 * parts >= group_size or not aligned or 0 in k_core.shape:
+        return torch.empty_like(k_core, dtype=wide), torch.empty_like(k_core, dtype=wide)
+    heads = dq.view(wide)[:, :: dq.shape[1] // core_heads, : num_cores * group_size]
+    groups = heads.unflatten(2, (num_cores, group_size))
+    return groups[:, :, :, :parts], groups[:, :, :, parts : 2 * parts]
+
+
+def core_gradient_layout(dk_core: Tensor, dv_core: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What kernels are told of tensors from `core_gradients_in`: strides, the last of dq's rows, and PART and IN_DQ."""
+    if dk_core.stride() != dv_core.stride():
+        raise ValueError("dk_core and dv_core must share their strides")
+    strides = dk_core.stride()[:-1] if dk_core.dim() == 5 else (*dk_core.stride()[:-1], 0)
+    return strides, {"PART": dk_core.shape[-1], "IN_DQ": dk_core.dim() == 5}

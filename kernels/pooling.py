@@ -11,8 +11,19 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
-from .layout import Sequences
-from .primitives import LN_2, LOG2_E, PACKED, locate, mean_query, offset, scale_log2, store_rows, tiles_to_launch
+from .layout import Sequences, core_gradient_layout, core_gradients_in
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    PACKED,
+    core_gradient_offsets,
+    locate,
+    mean_query,
+    offset,
+    scale_log2,
+    store_rows,
+    tiles_to_launch,
+)
 from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim
 
 
@@ -82,10 +93,10 @@ def pooling_kernel(
 def pooling_backward_kernel(
     q_ptr, k_ptr, v_ptr, k_core_ptr, v_core_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, dq_ptr,
     table_ptr,
-    q_strides, k_strides, v_strides, core_strides, stat_strides, dq_strides,
+    q_strides, k_strides, v_strides, core_strides, grad_strides, stat_strides, dq_strides,
     sizes,
     BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    PART: tl.constexpr, IN_DQ: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     # fmt: on
     """Gradient of the pooling weights of BLOCK_C groups of one core head (spec section 4).
@@ -110,8 +121,11 @@ def pooling_backward_kernel(
     core_offs = offset((batch, core_head, slots), core_strides)[:, None] + offs_d[None, :]
     k_core = tl.load(k_core_ptr + core_offs, mask=mask, other=0.0).to(wide)
     v_core = tl.load(v_core_ptr + core_offs, mask=mask, other=0.0).to(wide)
-    dk_core = tl.load(dk_core_ptr + core_offs, mask=mask, other=0.0)
-    dv_core = tl.load(dv_core_ptr + core_offs, mask=mask, other=0.0)
+    grad_offs = core_gradient_offsets(
+        batch, core_head, q_base, offs_c, offs_d, grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+    )
+    dk_core = tl.load(dk_core_ptr + grad_offs, mask=mask, other=0.0)
+    dv_core = tl.load(dv_core_ptr + grad_offs, mask=mask, other=0.0)
     stat_offs = offset((batch, core_head, slots), stat_strides)
     pool_lse = tl.load(pool_lse_ptr + stat_offs, mask=mask_c, other=0.0)
     # the stored cores give the mean of da to rounding; what is left of it is summed exactly
@@ -237,22 +251,24 @@ def launch_pooling_backward(
 ) -> None:
     """Fill `pool_delta` (B, Hc, C) and, in `dq` (B, Hq, T, D), the rows of each complete group's last query.
 
-    dk_core, dv_core: (B, Hc, C, D) in pool_lse's dtype, with the strides of k_core and v_core.
+    dk_core, dv_core: (B, Hc, C, D) in pool_lse's dtype, or in `dq` as `core_gradients_in` lays them.
     """
     if 0 in k_core.shape or q.shape[2] == 0:
         return
-    if not k_core.stride() == v_core.stride() == dk_core.stride() == dv_core.stride():
-        raise ValueError("k_core, v_core, dk_core and dv_core must share their strides")
+    if k_core.stride() != v_core.stride():
+        raise ValueError("k_core and v_core must share their strides")
+    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
     pooling_backward_kernel[pooling_grid(q, k_core, sequences, spec, config.block_c)](
         q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq, sequences.table,
-        q.stride(), k.stride(), v.stride(), k_core.stride(), pool_lse.stride(), dq.stride(),
+        q.stride(), k.stride(), v.stride(), k_core.stride(), grad_strides, pool_lse.stride(), dq.stride(),
         (sequences.count, q.shape[2], core_heads // kv_heads, q.shape[1] // core_heads, q.shape[3]),
         BLOCK_D=padded_dim(q.shape[3]),
         GROUP_SIZE=spec.group_size,
         SCALE=spec.softmax_scale(q.shape[3]),
         LAYOUT=sequences.layout,
+        **grad_layout,
         **config.launch_args(),
     )  # fmt: skip
 
@@ -292,10 +308,12 @@ def allocate_backward(problem: Problem, device: torch.device, generator: torch.G
     tensors = allocate(problem, device, generator)
     if device.type != "meta":
         launch(problem, tensors, default_config(problem, "any"))
-    wide = tensors["pool_lse"].dtype
-    grads = draw({"dk_core": tensors["k_core"].shape, "dv_core": tensors["k_core"].shape}, problem, device, generator)
-    tensors |= {name: grad.to(wide) for name, grad in grads.items()}
-    return tensors | {"pool_delta": torch.empty_like(tensors["pool_lse"]), "dq": torch.empty_like(tensors["q"])}
+    dq, wide = torch.empty_like(tensors["q"]), tensors["pool_lse"].dtype
+    grads = core_gradients_in(dq, tensors["k_core"], problem.group_size, wide)
+    for name, grad in zip(("dk_core", "dv_core"), grads, strict=True):
+        drawn = draw({name: tensors["k_core"].shape}, problem, device, generator)[name]
+        tensors[name] = grad.copy_(drawn.view(grad.shape))
+    return tensors | {"pool_delta": torch.empty_like(tensors["pool_lse"]), "dq": dq}
 
 
 def launch(problem: Problem, tensors: dict[str, Tensor], config: PoolingConfig) -> None:

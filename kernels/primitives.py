@@ -181,6 +181,22 @@ def store_rows(pointers, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def core_gradient_offsets(
+    batch, core_head, q_base, cores, offs_d, strides,
+    PART: tl.constexpr, IN_DQ: tl.constexpr, GROUP_SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Element offsets [C, D] of what arrives at `cores` [C] of the sequence whose queries begin at row `q_base`.
+
+    `layout.core_gradient_layout` gives PART, IN_DQ and `strides`: in dq, every PART elements have a row for themselves.
+    """
+    if IN_DQ:
+        at = offset((batch, core_head, cores), strides) + q_base.to(tl.int64) * strides[3]
+    else:
+        at = offset((batch, core_head, cores + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)), strides)
+    return at[:, None] + (offs_d // PART * strides[3] + offs_d % PART)[None, :]
+
+
+@triton.jit
 def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, head_dim, BLOCK_D: tl.constexpr):
     """Mean over `heads` query heads from `head` on, of `rows` [C]: [C, BLOCK_D] float32 (float64 for float64)."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -191,6 +207,46 @@ def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, head_dim, BLOCK
         row_offs = offset((batch, head + h, rows), q_strides)
         total += tl.load(q_ptr + row_offs[:, None] + offs_d[None, :], mask=inside, other=0.0).to(wide)
     return total / heads
+
+
+@triton.jit
+def pooled_gradient(
+    k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, stat_strides,
+    batch, kv_head, cores_per_kv, q_per_core, q_base, offs_k, mask,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr,
+    LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
+):  # fmt: skip
+    """What the cores of their groups pass on to the tokens `offs_k` [K]: (dk, dv) [K, D]; none where not `mask`."""
+    wide = pool_lse_ptr.dtype.element_ty
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    group = offs_k // GROUP_SIZE
+    dk = tl.zeros([k.shape[0], BLOCK_D], wide)
+    dv = tl.zeros([k.shape[0], BLOCK_D], wide)
+    for core in range(cores_per_kv):
+        core_head = kv_head * cores_per_kv + core
+        grad_offs = core_gradient_offsets(
+            batch, core_head, q_base, group, offs_d, grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+        )
+        dk_core = tl.load(dk_core_ptr + grad_offs, mask=inside, other=0.0)
+        dv_core = tl.load(dv_core_ptr + grad_offs, mask=inside, other=0.0)
+        if MEAN:
+            dk += dk_core / GROUP_SIZE
+            dv += dv_core / GROUP_SIZE
+        else:
+            last = q_base + group * GROUP_SIZE + GROUP_SIZE - 1
+            q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, mask, HEAD_DIM, BLOCK_D)
+            slots = group + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)
+            stat_offs = offset((batch, core_head, slots), stat_strides)
+            pool_lse = tl.load(pool_lse_ptr + stat_offs, mask=mask, other=0.0)
+            pool_delta = tl.load(pool_delta_ptr + stat_offs, mask=mask, other=0.0)
+            weights = tl.exp2((tl.sum(k.to(wide) * q, axis=1) * SCALE - pool_lse) * LOG2_E)
+            weights = tl.where(mask, weights, 0.0)
+            da = tl.sum(dk_core * k.to(wide) + dv_core * v.to(wide), axis=1)
+            ds = weights * (da - pool_delta) * SCALE
+            dk += weights[:, None] * dk_core + ds[:, None] * q
+            dv += weights[:, None] * dv_core
+    return dk, dv
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant, Patch, fault, small
 
 DKV, DQ, POOLING = "kernels/backward_dkv.py", "kernels/backward_dq.py", "kernels/pooling.py"
+PRIMITIVES = "kernels/primitives.py"
 
 CORE_DS = "ds = weights * (da - pool_delta) * SCALE"
 POOLED_DK = "dk += weights[:, None] * dk_core + ds[:, None] * q"
@@ -17,7 +18,7 @@ BACKWARD: dict[str, Mutant] = {
     "pooling_weights_detached": fault(
         "B1",
         "the pooling weights are taken for constants",
-        Patch(DKV, CORE_DS, f"{CORE_DS} * 0.0"),
+        Patch(PRIMITIVES, CORE_DS, f"{CORE_DS} * 0.0"),
         Patch(DQ, SCORED, NOT_SCORED),
         check="directional_derivatives",
     ),
@@ -30,7 +31,7 @@ BACKWARD: dict[str, Mutant] = {
     "pooling_lost_for_keys": fault(
         "B2",
         "dk lacks what the pooling weights give",
-        Patch(DKV, CORE_DS, f"{CORE_DS} * 0.0"),
+        Patch(PRIMITIVES, CORE_DS, f"{CORE_DS} * 0.0"),
         check="directional_derivatives",
     ),
     "pooling_delta_counted_twice": fault(
@@ -42,13 +43,13 @@ BACKWARD: dict[str, Mutant] = {
     "core_keys_lost": fault(
         "B3",
         "the core keys pass nothing on to the keys of their groups",
-        Patch(DKV, POOLED_DK, POOLED_DK.replace("weights[:, None] * dk_core + ", "")),
+        Patch(PRIMITIVES, POOLED_DK, POOLED_DK.replace("weights[:, None] * dk_core + ", "")),
         check="gradient_sums",
     ),
     "core_values_lost": fault(
         "B3",
         "the core values pass nothing on to the values of their groups",
-        Patch(DKV, POOLED_DV, POOLED_DV.replace("weights", "0.0 * weights")),
+        Patch(PRIMITIVES, POOLED_DV, POOLED_DV.replace("weights", "0.0 * weights")),
         check="gradient_sums",
     ),
     "delta_missing_in_the_first_tile": fault(
@@ -82,8 +83,8 @@ BACKWARD: dict[str, Mutant] = {
         "the last token of a group gets its core's dk twice",
         Patch(
             DKV,
-            "dk * SCALE + dk_pooled, mask_k",
-            "dk * SCALE + dk_pooled * (1 + (offs_k % GROUP_SIZE == GROUP_SIZE - 1).to(tl.int32))[:, None], mask_k",
+            "dk += dk_pooled",
+            "dk += dk_pooled * (1 + (offs_k % GROUP_SIZE == GROUP_SIZE - 1).to(tl.int32))[:, None]",
         ),
         check="gradient_sums",
     ),

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dkv import allocate_dcore, dcore_work
+from ..layout import core_gradient_layout
 from ..primitives import LOG2_E, first_query_of_core
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
@@ -55,12 +56,12 @@ def feed(
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, tiles_smem, bars, sizes, dk_ptr, dv_ptr,
-    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr,
+    GROUP: gl.constexpr, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
+    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, PART: gl.constexpr,
     BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four computing warps: one half (GROUP 0 or 1) of the cores of every tile."""
-    seq_len, num_cores, core_heads, items, q_per_core = sizes
+    seq_len, num_cores, _, items, q_per_core = sizes
     HALF: gl.constexpr = BLOCK_KEYS // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -78,8 +79,9 @@ def compute(
         mbarrier.arrive(bars[1].index(GROUP), count=1)
         rows = first_c + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
-        base = (batch * core_heads + core_head).to(gl.int64) * num_cores * HEAD_DIM
-        offs = base + rows[:, None] * HEAD_DIM + columns[None, :]
+        base = batch.to(gl.int64) * grad_strides[0] + core_head.to(gl.int64) * grad_strides[1]
+        columns = columns // PART * (grad_strides[2] // GROUP_SIZE) + columns % PART
+        offs = base + (rows.to(gl.int64) * grad_strides[2])[:, None] + columns[None, :]
         gl.store(dk_ptr + offs, dk * SCALE, mask=(rows < num_cores)[:, None])
         gl.store(dv_ptr + offs, dv, mask=(rows < num_cores)[:, None])
 
@@ -87,9 +89,9 @@ def compute(
 # fmt: off
 @gluon.jit
 def backward_dcore_hopper_kernel(
-    q_desc, dout_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, sizes,
+    q_desc, dout_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, grad_strides, sizes,
     SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
+    PART: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
 ):
     # fmt: on
     """Persistent: each program takes the tiles of cores that `item_of` gives it."""
@@ -97,10 +99,10 @@ def backward_dcore_hopper_kernel(
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     gl.warp_specialize(
         [
-            (compute, (0, tiles_smem, bars, sizes, dk_ptr, dv_ptr,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
-            (compute, (1, tiles_smem, bars, sizes, dk_ptr, dv_ptr,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+            (compute, (0, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+            (compute, (1, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
             (feed, (descriptors, tiles_smem, bars, sizes, lse_ptr, delta_ptr,
                     GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
         ],
@@ -134,19 +136,21 @@ def launch_backward_dcore_hopper(
 ) -> None:
     """Fill dk_core and dv_core, as `launch_backward_dcore` does for dense sequences; `usable` must hold.
 
-    lse, delta (B, Hq, T) and dk_core, dv_core (B, Hc, C, D) are float32 and contiguous.
+    lse, delta (B, Hq, T) are float32 and contiguous.
     """
     tokens, head_dim = q.shape[2:]
     batch, core_heads, num_cores = k_core.shape[:3]
     items = triton.cdiv(num_cores, BLOCK_KEYS.value) * core_heads * batch
+    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     backward_dcore_hopper_kernel[(min(multiprocessors(q.device), items),)](
         describe(q, config.block_q), describe(dout, config.block_q),
         describe(k_core, BLOCK_KEYS.value // 2), describe(v_core, BLOCK_KEYS.value // 2), lse, delta, dk_core, dv_core,
-        (tokens, num_cores, core_heads, items, q.shape[1] // core_heads),
+        grad_strides[:3], (tokens, num_cores, core_heads, items, q.shape[1] // core_heads),
         SCALE=spec.softmax_scale(head_dim),
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,
         HEAD_DIM=head_dim,
+        PART=grad_layout["PART"],
         BLOCK_Q=config.block_q,
         NUM_STAGES=config.num_stages,
         FEEDER=FEEDER_REGISTERS,

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dkv import allocate_dkv, dkv_work
+from ..layout import core_gradient_layout
 from ..primitives import LOG2_E, last_query_of_token
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
@@ -66,20 +67,22 @@ def mean_query(q_ptr, q_strides, batch, head, heads, rows, inside, columns):
 @gluon.jit
 def add_pooled(
     dk, dv, k, v, pooled, batch, kv_head, sizes, offs_k,
-    GROUP_SIZE: gl.constexpr, SCALE: gl.constexpr, MEAN: gl.constexpr, HEAD_DIM: gl.constexpr, GRADS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr, SCALE: gl.constexpr, MEAN: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
+    GRADS: gl.constexpr,
 ):  # fmt: skip
     """Add what the cores of their groups pass on to the tokens `offs_k` [K], as `pooled_gradient` does; k, v [K, D]."""
-    q_ptr, q_strides, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr = pooled
+    q_ptr, q_strides, dk_core_ptr, dv_core_ptr, grad_strides, pool_lse_ptr, pool_delta_ptr = pooled
     _, num_cores, kv_heads, _, q_per_kv, q_per_core = sizes
     group = offs_k // GROUP_SIZE
     grouped = group < num_cores
     inside = grouped[:, None]
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
+    parts = columns // PART * (grad_strides[2] // GROUP_SIZE) + columns % PART
     cores_per_kv = q_per_kv // q_per_core
     for core in range(cores_per_kv):
         core_head = kv_head * cores_per_kv + core
-        stat = (batch * kv_heads * cores_per_kv + core_head).to(gl.int64) * num_cores + group
-        offs = stat[:, None] * HEAD_DIM + columns[None, :]
+        at = batch.to(gl.int64) * grad_strides[0] + core_head.to(gl.int64) * grad_strides[1]
+        offs = at + (group.to(gl.int64) * grad_strides[2])[:, None] + parts[None, :]
         dk_core = gl.load(dk_core_ptr + offs, mask=inside, other=0.0)
         dv_core = gl.load(dv_core_ptr + offs, mask=inside, other=0.0)
         if MEAN:
@@ -88,6 +91,7 @@ def add_pooled(
         else:
             last = group * GROUP_SIZE + GROUP_SIZE - 1
             q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, inside, columns)
+            stat = (batch * kv_heads * cores_per_kv + core_head).to(gl.int64) * num_cores + group
             pool_lse = gl.load(pool_lse_ptr + stat, mask=grouped, other=0.0)
             pool_delta = gl.load(pool_delta_ptr + stat, mask=grouped, other=0.0)
             logits = gl.sum(k.load(GRADS).to(gl.float32) * q, axis=1) * SCALE
@@ -102,7 +106,7 @@ def add_pooled(
 @gluon.jit
 def compute(
     GROUP: gl.constexpr, tiles_smem, bars, sizes, pooled, dk_ptr, dv_ptr, dk_strides, dv_strides,
-    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr,
+    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr, PART: gl.constexpr,
     BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four computing warps: one half (GROUP 0 or 1) of the tokens of every tile."""
@@ -124,8 +128,9 @@ def compute(
         )  # fmt: skip
         rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
         dk, dv = add_pooled(
-            dk * SCALE, dv, k, v, pooled, batch, kv_head, sizes, rows, GROUP_SIZE, SCALE, MEAN, HEAD_DIM, GRADS
-        )
+            dk * SCALE, dv, k, v, pooled, batch, kv_head, sizes, rows,
+            GROUP_SIZE, SCALE, MEAN, HEAD_DIM, PART, GRADS,
+        )  # fmt: skip
         mbarrier.arrive(bars[1].index(GROUP), count=1)
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
         inside = (rows < seq_len)[:, None]
@@ -142,8 +147,8 @@ def compute(
 def backward_dkv_hopper_kernel(
     q_desc, dout_desc, k_desc, v_desc, lse_ptr, delta_ptr,
     q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, dk_ptr, dv_ptr,
-    q_strides, dk_strides, dv_strides, sizes,
-    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr,
+    q_strides, grad_strides, dk_strides, dv_strides, sizes,
+    SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, MEAN: gl.constexpr, PART: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr,
     COMPUTE: gl.constexpr,
 ):
@@ -151,13 +156,13 @@ def backward_dkv_hopper_kernel(
     """Persistent: each program takes the tiles of tokens that `item_of` gives it."""
     tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
-    pooled = (q_ptr, q_strides, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr)
+    pooled = (q_ptr, q_strides, dk_core_ptr, dv_core_ptr, grad_strides, pool_lse_ptr, pool_delta_ptr)
     gl.warp_specialize(
         [
             (compute, (0, tiles_smem, bars, sizes, pooled, dk_ptr, dv_ptr, dk_strides, dv_strides,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
             (compute, (1, tiles_smem, bars, sizes, pooled, dk_ptr, dv_ptr, dk_strides, dv_strides,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, MEAN, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
             (feed, (descriptors, tiles_smem, bars, sizes, lse_ptr, delta_ptr,
                     GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
         ],
@@ -195,21 +200,23 @@ def launch_backward_dkv_hopper(
 ) -> None:
     """Fill dk and dv, as `launch_backward_dkv` does for dense sequences; `usable` must hold for q, k, v and dout.
 
-    lse, delta (B, Hq, T), dk_core, dv_core (B, Hc, C, D), pool_lse and pool_delta (B, Hc, C) are float32, contiguous.
+    lse, delta (B, Hq, T), pool_lse and pool_delta (B, Hc, C) are float32 and contiguous.
     """
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads, core_heads, num_cores = k.shape[1], *dk_core.shape[1:3]
     items = triton.cdiv(tokens, BLOCK_KEYS.value) * kv_heads * batch
+    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     queries = [describe(x, config.block_q) for x in (q, dout)]
     keys = [describe(x, BLOCK_KEYS.value // 2) for x in (k, v)]
     backward_dkv_hopper_kernel[(min(multiprocessors(q.device), items),)](
         *queries, *keys, lse, delta, q, dk_core, dv_core, pool_lse, pool_delta, dk, dv,
-        q.stride(), dk.stride(), dv.stride(),
+        q.stride(), grad_strides[:3], dk.stride(), dv.stride(),
         (tokens, num_cores, kv_heads, items, q_heads // kv_heads, q_heads // core_heads),
         SCALE=spec.softmax_scale(head_dim),
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,
         MEAN=spec.pooling == "mean",
+        PART=grad_layout["PART"],
         HEAD_DIM=head_dim,
         BLOCK_Q=config.block_q,
         NUM_STAGES=config.num_stages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,9 +75,11 @@ def _sequences(bounds: Tensor | None, packed: bool, q: Tensor) -> Sequences:
     return Sequences.padded(bounds.clamp(0, q.shape[2]))
 
 
-def _empty_results(q: Tensor, k: Tensor, v: Tensor, spec: CCASpec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(
+    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, num_cores: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    core = (q.shape[0], spec.num_core_heads(q.shape[1], k.shape[1]), spec.num_groups(q.shape[2]), q.shape[3])
+    core = (q.shape[0], spec.num_core_heads(q.shape[1], k.shape[1]), num_cores, q.shape[3])
     return torch.empty_like(q), lse, k.new_empty(core), v.new_empty(core), lse.new_empty(core[:3])
 
 
@@ -100,7 +103,7 @@ def _forward(
         out, lse, k_core, v_core = eager.forward(q, k, v, spec, bounds=bounds, packed=packed)
         return out, lse, k_core, v_core, lse.new_zeros(k_core.shape[:3])
     if 0 in q.shape:
-        return _empty_results(q, k, v, spec)
+        return _empty_results(q, k, v, spec, fused.groups_to_pool(spec, q.shape[2]))
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))
 
 
@@ -119,7 +122,9 @@ def _forward_fake(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(q, k, v, CCASpec(group_size, window_size, core_heads, pooling, scale))  # type: ignore[arg-type]
+    spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    pooled = spec.num_groups if backend == "eager" else partial(fused.groups_to_pool, spec)
+    return _empty_results(q, k, v, spec, pooled(q.shape[2]))
 
 
 @torch.library.custom_op("cca_attention::backward", mutates_args=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from .kernels import hopper
 from .kernels.backward_dkv import launch_backward_dcore, launch_backward_dkv
 from .kernels.backward_dq import launch_backward_dq, launch_delta
 from .kernels.forward import launch_forward
-from .kernels.layout import Sequences
+from .kernels.layout import Sequences, core_gradients_in
 from .kernels.pooling import launch_pooling, launch_pooling_backward
 from .kernels.tunable import Config, Tunable, accumulator_dtype
 from .problem import Problem
@@ -93,12 +94,17 @@ def forward(
     return out, lse, k_core, v_core, pool_lse
 
 
+def groups_to_pool(spec: CCASpec, seq_len: int) -> int:
+    """All complete groups of sequences of at most `seq_len` tokens, or none if even the last query sees no core."""
+    return spec.num_groups(seq_len) if spec.visible_cores(seq_len - 1) else 0
+
+
 def pool(
     q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(k_core, v_core (B, Hc, T // g, D), pool_lse (B, Hc, T // g)) of the complete groups."""
+    """(k_core, v_core (B, Hc, C, D), pool_lse (B, Hc, C)) of the C = `groups_to_pool` groups."""
     core_heads = spec.num_core_heads(q.shape[1], k.shape[1])
-    shape = (q.shape[0], core_heads, spec.num_groups(q.shape[2]), q.shape[3])
+    shape = (q.shape[0], core_heads, groups_to_pool(spec, q.shape[2]), q.shape[3])
     # packed and padded sequences leave some slots without a core
     empty = torch.empty if sequences.table is None else torch.zeros
     k_core, v_core = (empty(shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -117,19 +123,24 @@ def attend(
     sequences: Sequences,
     configs: Configs,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the queries over cores and raw tokens."""
+    """(out, lse) of the queries over cores and raw tokens; no query may see a core if there is none."""
     lse_dtype = accumulator_dtype(q.dtype)
     if sequences.table is None:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
     else:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype)
-    tensors = (q, k, v, k_core, v_core, out)
+    tensors = (q, k, v, *some_cores(k, k_core, v_core), out)
     flops = math.inf if configs.forces("forward_hopper") else 4.0 * q.numel() * keys_seen(q, spec)
     if hopper.usable(sequences, flops, *tensors):
         hopper.forward.launch_forward_hopper(*tensors, lse, spec=spec, config=configs["forward_hopper"])
     else:
         launch_forward(*tensors, lse, spec=spec, sequences=sequences, config=configs["forward"])
     return out, lse
+
+
+def some_cores(k: Tensor, k_core: Tensor, v_core: Tensor) -> tuple[Tensor, Tensor]:
+    """The cores, or, where there is none, tensors that kernels can address and do not read."""
+    return (k_core, v_core) if k_core.shape[2] else (k, k)
 
 
 def keys_seen(q: Tensor, spec: CCASpec) -> float:
@@ -168,12 +179,15 @@ def backward(
         dout, wide_q, k, v, out, k_core, v_core = (x.float() for x in (dout, q, k, v, out, k_core, v_core))
         grads = backward(dout, dlse, wide_q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
         return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
+    if not k_core.shape[2]:
+        spec = replace(spec, pooling="mean")  # nothing is pooled, so nothing reaches a query through its weights
     empty = torch.empty_like if sequences.table is None else torch.zeros_like
     delta = torch.empty_like(lse)
     launch_delta(out, dout, dlse, delta)
-    dk_core, dv_core = core_gradients(q, k_core, v_core, dout, lse, delta, spec, sequences, configs)
-    call: dict[str, Any] = {"spec": spec, "sequences": sequences}
     dq, dk, dv = empty(q), empty(k), empty(v)
+    dk_core, dv_core = core_gradients_in(dq, k_core, spec.group_size, lse.dtype)
+    core_gradients((q, k_core, v_core, dout, lse, delta, dk_core, dv_core), spec, sequences, configs)
+    call: dict[str, Any] = {"spec": spec, "sequences": sequences}
     pool_delta = torch.empty_like(pool_lse)
     if spec.pooling != "mean":
         launch_pooling_backward(
@@ -182,32 +196,19 @@ def backward(
         )  # fmt: skip
     tensors = (q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv)
     token_gradients(tensors, spec, sequences, configs)
-    query_gradients((q, k, v, k_core, v_core, dout, lse, delta, dq), spec, sequences, configs)
+    query_gradients((q, k, v, *some_cores(k, k_core, v_core), dout, lse, delta, dq), spec, sequences, configs)
     return dq, dk, dv
 
 
-def core_gradients(
-    q: Tensor,
-    k_core: Tensor,
-    v_core: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    spec: CCASpec,
-    sequences: Sequences,
-    configs: Configs,
-) -> tuple[Tensor, Tensor]:
-    """(dk_core, dv_core) in lse's dtype: what arrives at the cores, before it goes on to their groups."""
-    tensors = (q, k_core, v_core, dout)
-    grads = tuple(torch.empty_like(x, dtype=lse.dtype) for x in (k_core, v_core))
+def core_gradients(tensors: tuple[Tensor, ...], spec: CCASpec, sequences: Sequences, configs: Configs) -> None:
+    """Fill dk_core and dv_core, what arrives at the cores; `tensors` are those that `launch_backward_dcore` takes."""
+    q, k_core, v_core, dout = tensors[:4]
     flops = math.inf if configs.forces("backward_dcore_hopper") else 4.0 * q.numel() * k_core.shape[2]
-    if hopper.usable(sequences, flops, *tensors):
+    if hopper.usable(sequences, flops, q, k_core, v_core, dout):
         config = configs["backward_dcore_hopper"]
-        hopper.backward_dcore.launch_backward_dcore_hopper(*tensors, lse, delta, *grads, spec=spec, config=config)
+        hopper.backward_dcore.launch_backward_dcore_hopper(*tensors, spec=spec, config=config)
     else:
-        config = configs["backward_dcore"]
-        launch_backward_dcore(*tensors, lse, delta, *grads, spec=spec, sequences=sequences, config=config)
-    return grads[0], grads[1]
+        launch_backward_dcore(*tensors, spec=spec, sequences=sequences, config=configs["backward_dcore"])
 
 
 def token_gradients(tensors: tuple[Tensor, ...], spec: CCASpec, sequences: Sequences, configs: Configs) -> None:
