@@ -11,9 +11,10 @@ from rich.console import Console
 from ..profiles.schema import Profile
 from ..profiles.store import ProfileError, merged, read_profile, write_profile
 from .journal import Journal
+from .live import display_for
 from .progress import Progress, Request, plan
 from .recommend import Found
-from .report import choice_table, display_for
+from .report import choice_table, reasons
 from .result import profile_of, summary_of
 from .tune import Tuner
 
@@ -89,6 +90,8 @@ class Session:
             if len(self.runs) > 1:
                 results.print(f"\n{request.problem}", style="bold", highlight=False)
             results.print(choice_table(kernels, results.width))
+            for line in reasons(kernels):
+                results.print(line, markup=False, highlight=False, soft_wrap=not results.is_terminal)
             for kernel in kernels:
                 if kernel.trouble is not None:
                     self._say(f"{kernel.name} has no config: {kernel.trouble}", style="red")
@@ -99,7 +102,8 @@ class Session:
             self._say("no profile was written", style="red")
 
     def _say(self, line: str, style: str | None = None) -> None:
-        self._words.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        wraps = not self._words.is_terminal
+        self._words.print(line, style=style, markup=False, highlight=False, soft_wrap=wraps)
 
 
 def _held(request: Request, output: Path) -> Profile | None:

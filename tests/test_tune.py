@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from cca_attention.autotune.compile import target_of
 from cca_attention.autotune.devices import find_device
@@ -24,7 +22,6 @@ from cca_attention.autotune.journal import Journal
 from cca_attention.autotune.measure import Timing, sample
 from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.progress import Progress, Request, plan
-from cca_attention.autotune.report import choice_table, display_for, space_table
 from cca_attention.autotune.result import profile_of, summary_of
 from cca_attention.autotune.tune import MOST_REJECTED, Tuner
 from cca_attention.kernels.tunable import Tunable
@@ -257,25 +254,6 @@ def test_a_killed_run_goes_on_where_it_was(toy: Any, tmp_path: Path) -> None:
     after = [json.dumps(record["key"]) for record in records(tmp_path, "compile")]
     assert len(after) == len(set(after)) == found.compiled == 4
     assert found.cached == len(before) >= 1 and before < set(after)
-
-
-def test_the_displays_show_the_run(toy: Any, cache: Path) -> None:
-    for width in (60, 100, 160):
-        for terminal in (True, False):
-            console = Console(file=io.StringIO(), width=width, force_terminal=terminal, record=True)
-            request = request_for(toy, cache)
-            kernels = plan(request)
-            with Journal(cache) as journal, display_for(console, kernels, quiet=False) as display:
-                Tuner(request, journal, kernels, display).run()
-            console.print(space_table(kernels, width), choice_table(kernels, width))
-            shown = console.file.getvalue()
-            assert all(word in shown for word in ("toy", "legal", "12/18", "compiled", "warps=8", "3 cases"))
-            assert ("2 registers" in shown) == (width == 160 or not terminal)
-            assert max(len(line) for line in console.export_text().splitlines()) <= width or not terminal
-    silent = Console(file=io.StringIO())
-    with display_for(silent, kernels, quiet=True) as display:
-        display(kernels[0])
-    assert silent.file.getvalue() == ""
 
 
 def test_a_default_that_cannot_run_the_problem_is_an_error(toy: Any, tmp_path: Path) -> None:
