@@ -40,7 +40,7 @@ def attention_function(
         raise ValueError(f"attention_mask must be (batch, tokens), true for real tokens, got {tuple(mask.shape)}")
     if not settings.covers(module.layer_idx):  # type: ignore[arg-type]
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # beside the class
-        kept = ALL_ATTENTION_FUNCTIONS.get_interface(settings.replaces, own)
+        kept = own if settings.replaces == "eager" else ALL_ATTENTION_FUNCTIONS[settings.replaces]
         return kept(module, query, key, value, mask.kept, **options)  # type: ignore[no-any-return]
     for name, refusal in _REFUSED.items():
         if options.get(name):
