@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -164,7 +165,12 @@ class PoolingConfig(Config):
 
     def effective(self, spec: CCASpec) -> PoolingConfig:
         """This config with `block_t` no longer than a group needs."""
-        return replace(self, block_t=min(self.block_t, triton.next_power_of_2(spec.group_size)))
+        return _effective(self, spec.group_size)
+
+
+@cache
+def _effective(config: PoolingConfig, group_size: int) -> PoolingConfig:
+    return replace(config, block_t=min(config.block_t, triton.next_power_of_2(group_size)))
 
 
 SPACE = {

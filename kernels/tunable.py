@@ -40,10 +40,15 @@ class Config:
                 return f"{field.name} {value} is not a power of two"
         return None
 
-    def launch_args(self) -> dict[str, int]:
+    def launch_args(self) -> Mapping[str, int]:
         """Keyword arguments of the launch: blocks upper-cased to their constexpr names."""
-        names = [field.name for field in fields(self)]
-        return {name.upper() if name.startswith("block_") else name: getattr(self, name) for name in names}
+        return _launch_args(self)
+
+
+@cache
+def _launch_args(config: Config) -> Mapping[str, int]:
+    names = [field.name for field in fields(config)]
+    return {name.upper() if name.startswith("block_") else name: getattr(config, name) for name in names}
 
 
 def smallest_block_refusal(config: Config, problem: Problem) -> str | None:

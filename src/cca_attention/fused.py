@@ -38,18 +38,24 @@ def architecture(device: torch.device) -> str:
 
 def problem_of(q: Tensor, k: Tensor, spec: CCASpec) -> Problem:
     """The problem that tensors q (B, Hq, T, D) and k (B, Hkv, T, D) pose, for the choice of configs."""
-    batch, q_heads, seq_len, head_dim = q.shape
+    return _problem(*q.shape, k.shape[1], spec, q.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    batch: int, q_heads: int, seq_len: int, head_dim: int, kv_heads: int, spec: CCASpec, dtype: torch.dtype
+) -> Problem:
     return Problem(
         batch=batch,
         q_heads=q_heads,
-        kv_heads=k.shape[1],
+        kv_heads=kv_heads,
         seq_len=seq_len,
         head_dim=head_dim,
         group_size=spec.group_size,
         window_size=spec.window_size,
         core_heads=spec.core_heads,
         pooling=spec.pooling,
-        dtype=str(q.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
@@ -72,7 +78,12 @@ class Configs:
             if refusal := config.refusal(self._problem):
                 raise ValueError(f"profile: the {kernel} config cannot run {self._problem}: {refusal}")
             return config
-        return Tunable.REGISTRY[kernel].default(self._problem, self._arch)
+        return _built_in(kernel, self._problem, self._arch)
+
+
+@lru_cache(maxsize=4096)
+def _built_in(kernel: str, problem: Problem, arch: str) -> Config:
+    return Tunable.REGISTRY[kernel].default(problem, arch)
 
 
 def emulated(tensor: Tensor) -> bool:
