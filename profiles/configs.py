@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def known_kernel(kernel: str) -> Tunable:
 
 @cache
 def _fields(kernel: str) -> frozenset[str]:
-    return frozenset(inspect.signature(known_kernel(kernel).config).parameters)
+    return frozenset(field.name for field in fields(known_kernel(kernel).config))
 
 
 def as_config(kernel: str, values: Mapping[str, int]) -> Config:
@@ -71,7 +72,7 @@ def source_hash(kernel: str) -> str:
     or how sequences lie.
     """
     source = Path(inspect.getfile(known_kernel(kernel).config))
-    imported = re.findall(r"^from \.(\w+) import", _content(source).decode(), re.MULTILINE)
+    imported = [name.decode() for name in re.findall(rb"\nfrom \.(\w+) import", _content(source))]
     beside = [source.with_name(f"{name}.py") for name in imported if name not in NO_KERNEL_CODE]
     digest = hashlib.sha256()
     for path in dict.fromkeys((source, Path(primitives.__file__), *beside)):

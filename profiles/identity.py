@@ -88,12 +88,12 @@ class SemanticBlock(Semantics):
 
     def complaint(self, problem: Problem) -> str | None:
         """Why a profile with this block cannot have an entry for `problem`, or None."""
-        if Semantics.of(problem) != self.meaning:
+        if any(getattr(problem, name) != getattr(self, name) for name in Semantics.model_fields):
             return "has other semantics than the profile"
         if self.dtypes and problem.dtype not in self.dtypes:
             return f"has the dtype {problem.dtype}, the semantic block only {', '.join(self.dtypes)}"
-        layout = HeadLayout(q_heads=problem.q_heads, kv_heads=problem.kv_heads, head_dim=problem.head_dim)
-        if self.layouts and layout not in self.layouts:
+        layout = problem.q_heads, problem.kv_heads, problem.head_dim
+        if self.layouts and layout not in ((held.q_heads, held.kv_heads, held.head_dim) for held in self.layouts):
             return "has a head layout that the semantic block does not list"
         return None
 

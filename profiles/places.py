@@ -61,7 +61,7 @@ def environment_folders(report: Report = refuse) -> Iterator[Path]:
 
 def package_folders(report: Report = refuse) -> Iterator[tuple[str, Path]]:
     """Name and folder of each entry point; the package itself is found, not imported. No folder is reported."""
-    for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    for point in sorted(_entry_points(), key=lambda point: point.name):
         package, *inner = point.value.split(".")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         roots = list(found.submodule_search_locations or ()) if found is not None else []
@@ -70,6 +70,16 @@ def package_folders(report: Report = refuse) -> Iterator[tuple[str, Path]]:
             report(ProfileError(f"the entry point {point.name!r} of {ENTRY_POINTS} names no folder: {point.value}"))
         else:
             yield point.name, folder
+
+
+def _entry_points() -> Iterator[metadata.EntryPoint]:
+    """Those of our group; of the packages that never name it nothing is parsed."""
+    for name in {found.name for found in metadata.distributions() if ENTRY_POINTS in _said(found)}:
+        yield from metadata.distribution(name).entry_points.select(group=ENTRY_POINTS)  # of the first on the path
+
+
+def _said(found: metadata.Distribution) -> str:
+    return found.read_text("entry_points.txt") or ""
 
 
 def current_folder() -> Place:

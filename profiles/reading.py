@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from .choice import Mode
 from .identity import DeviceIdentity, SemanticBlock
+from .layout import read_laid_out
 from .schema import SCHEMA, Contradictions, Location, Profile, ProfileWarning
 
 MAX_BYTES = 4 * 2**20
@@ -162,7 +163,8 @@ def read_header(path: Path, arch: str = "") -> tuple[DeviceIdentity, SemanticBlo
     if arch.encode() not in head:
         return None
     try:
-        header = _Header.model_validate(_Builder(head.decode()).document())
+        text = head.decode()
+        header = _Header.model_validate(read_laid_out(text, MAX_VALUES) or _Builder(text).document())
     except (UnicodeDecodeError, _Stop, yaml.YAMLError, ValidationError):
         profile = read_profile(path)  # says what is wrong, unless the blocks are in another order
         return profile.device, profile.semantic
@@ -184,7 +186,10 @@ def parse_profile(data: bytes, source: str, mode: Mode = "checked") -> Profile:
     if len(data) > MAX_BYTES:
         raise ProfileError(f"{source} has more than {MAX_BYTES} bytes")
     try:
-        builder = _Builder(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        if (profile := _quickly(text)) is not None:
+            return profile.read_from(source, mode)
+        builder = _Builder(text)
         content = builder.document()
     except UnicodeDecodeError as error:
         raise ProfileError(f"{source} is not text in UTF-8: byte {error.start}") from error
@@ -204,6 +209,17 @@ def parse_profile(data: bytes, source: str, mode: Mode = "checked") -> Profile:
     if builder.mistakes:
         raise _error(source, builder.mistakes)
     return profile.read_from(source, mode)
+
+
+def _quickly(text: str) -> Profile | None:
+    """The profile in a text that `layout` knows, in which nothing is wrong; of any other nothing is said here."""
+    content = read_laid_out(text, MAX_VALUES)
+    if content is None or content.get("schema") != SCHEMA:
+        return None
+    try:
+        return Profile.model_validate(content)
+    except ValidationError:
+        return None
 
 
 def read_profile(path: Path, mode: Mode = "checked") -> Profile:

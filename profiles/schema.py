@@ -160,11 +160,11 @@ class Profile(Part):
                 yield ("kernels", kernel), str(error)
         seen: set[tuple[str, Problem]] = set()
         for index, entry in enumerate(self.entries):
-            place, named = ("entries", index), f"the entry of {entry.kernel} for {entry.problem}"
+            place = "entries", index
             if entry.kernel not in self.kernels:
                 yield place, f"kernels names no source for {entry.kernel!r}, which has an entry"
             if complaint := self.semantic.complaint(entry.problem):
-                yield place, f"{named} {complaint}"
+                yield place, f"the entry of {entry.kernel} for {entry.problem} {complaint}"
             if (entry.kernel, entry.problem) in seen:
                 yield place, f"more than one entry for {entry.kernel} on {entry.problem}"
             seen.add((entry.kernel, entry.problem))

@@ -11,13 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from platformdirs import user_cache_path
 
 from .choice import Mode
 from .configs import KERNEL_ABI
 from .identity import SemanticBlock, Semantics, plain
+from .layout import laid_out
 from .places import Place, bundled_folder, current_folder, places, user_folder
 from .reading import ProfileError, read_header, read_profile
 from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
@@ -85,8 +85,7 @@ def profile_files(looked: Sequence[Place]) -> Iterator[tuple[Place, Path]]:
 def write_profile(profile: Profile, path: Path) -> None:
     """Write `profile` to `path`, replacing what is there only once the new file is whole and on disk."""
     content = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
-    text = yaml.safe_dump(_without_empty(content), sort_keys=False, width=110, default_flow_style=None)
-    write_text(path, text)
+    write_text(path, laid_out(_without_empty(content)))
 
 
 def _without_empty(block: Any) -> Any:

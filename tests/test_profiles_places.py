@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -29,9 +29,17 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setattr(places, "user_folder", lambda: found["user"])
     monkeypatch.setattr(places, "bundled_folder", lambda: found["bundled"])
     monkeypatch.syspath_prepend(tmp_path / "site")
-    point = metadata.EntryPoint("a-package", "a_package.tuned", places.ENTRY_POINTS)
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == places.ENTRY_POINTS else [])
+    install(tmp_path / "site", "a-package", "a_package.tuned")
     return found
+
+
+def install(site: Path, name: str, value: str) -> None:
+    """What an installed package leaves of itself, with one entry point."""
+    info = site / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{places.ENTRY_POINTS}]\n{name} = {value}\n")
+    importlib.invalidate_caches()
 
 
 def put(folder: Path, created: str, name: str = "any-name.yaml") -> None:
@@ -94,15 +102,14 @@ def test_several_folders_of_the_environment_are_looked_at_in_turn(
 
 
 def test_a_place_that_is_named_and_not_there_is_an_error(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(places.ENVIRONMENT, "/nowhere/at/all")
     with pytest.raises(ProfileError, match="CCA_PROFILE_PATH names the folder /nowhere/at/all, which is not there"):
         load_profile("a100")
     monkeypatch.delenv(places.ENVIRONMENT)
     for value in ("a_package.missing", "no_such_package", "../a_package", "a_package:run"):
-        point = metadata.EntryPoint("wrong", value, places.ENTRY_POINTS)
-        monkeypatch.setattr(metadata, "entry_points", lambda group, point=point: [point])
+        install(tmp_path / "site", "wrong", value)
         with pytest.raises(ProfileError, match=r"the entry point .wrong. of"):
             load_profile("a100")
 
@@ -115,3 +122,14 @@ def test_a_package_is_not_imported_to_find_its_profiles(folders: dict[str, Path]
 
 def test_the_bundled_and_the_users_folder_are_different_places() -> None:
     assert store.user_folder() != store.bundled_folder() and store.bundled_folder().name == "data"
+
+
+def test_of_two_installations_of_a_package_the_first_on_the_path_counts(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "nearer", "a-package", "a_package.missing")
+    monkeypatch.syspath_prepend(tmp_path / "nearer")
+    with pytest.raises(ProfileError, match=r"the entry point .a-package. of .* names no folder: a_package.missing"):
+        places.places()
+    install(tmp_path / "nearer", "a-package", "a_package.tuned")
+    assert [place.what for place in places.places()].count("package a-package") == 1
