@@ -148,14 +148,16 @@ def test_trainer_fine_tunes_the_projections_alone(tmp_path: Path) -> None:
 
 def sharded_step(rank: int, rendezvous: str, results: Any) -> None:
     """One step of FSDP2 on two processes: rank 0 hands back the loss and a whole gradient."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     model = build()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     loss, grads = train(model)
     whole = grads["model.layers.0.self_attn.k_proj.weight"].full_tensor()
     if rank == 0:

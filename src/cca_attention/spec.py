@@ -57,9 +57,7 @@ class CCASpec:
         check_positive_int("window_size", self.window_size)
         check_choice("core_heads", self.core_heads, get_args(CoreHeads))
         check_choice("pooling", self.pooling, get_args(Pooling))
-        if self.scale is not None and not (
-            isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale > 0
-        ):
+        if self.scale is not None and not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
             raise ValueError(f"scale must be a positive finite number or None, got {self.scale!r}")
 
     def num_groups(self, seq_len: int) -> int:
