@@ -42,16 +42,19 @@ def named_cards(text: str, cards: tuple[HostCard, ...]) -> tuple[HostCard, ...]:
     """Those of `cards` that `text` names by their indices, with commas between.
 
     Raises:
+        LookupError: if there are no cards.
         ValueError: for text that names none, one that there is not, or unlike ones.
     """
     try:
         wanted = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise ValueError(f"--devices must be indices of GPUs with commas between (0,1), got {text!r}") from None
+    if not cards:
+        raise LookupError(f"--devices {text}: there is no GPU in this machine")
     by_index = {card.index: card for card in cards}
     if missing := [index for index in wanted if index not in by_index]:
-        there = f"there are {', '.join(map(str, by_index))}" if by_index else "there is none here"
-        raise ValueError(f"--devices {text}: there is no GPU {missing[0]} in this machine; {there}")
+        there = ", ".join(map(str, by_index))
+        raise ValueError(f"--devices {text}: there is no GPU {missing[0]} in this machine; there are {there}")
     chosen = tuple(by_index[index] for index in wanted)
     for other in chosen[1:]:
         if other.kind != chosen[0].kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .terminal import NO_DEVICE, USAGE, Refused
+from .terminal import NO_DEVICE, Refused
 
 if TYPE_CHECKING:
     from .autotune.devices import Device
@@ -16,11 +16,12 @@ def named(indices: str) -> tuple[HostCard, ...]:
     """The cards that --devices names, all alike."""
     from .autotune.host import cards_here, named_cards
 
-    cards = cards_here()
     try:
-        return named_cards(indices, cards)
+        return named_cards(indices, cards_here())
+    except LookupError as error:
+        raise Refused(str(error), NO_DEVICE) from error
     except ValueError as error:
-        raise Refused(str(error), USAGE if cards else NO_DEVICE) from error
+        raise Refused(str(error)) from error
 
 
 def to_use(device: Device, indices: str | None) -> tuple[HostCard, ...]:
