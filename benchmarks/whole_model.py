@@ -5,7 +5,8 @@
 
 The model has the shape of Llama-3.1-8B and random weights, bfloat16, batch 1. Times of the first token are medians
 after a call that compiles, but SDPA's, which are of one call; times of a next token are means of STEPS. Where a
-measurement fails, its row says so, and the command ends with 1.
+measurement fails, its row says so, and the command ends with 1. `same_tokens` of a row of a static cache: how many in a
+row equal those of the first way of decoding (the logits of random weights are close to each other).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,12 @@ class Bench:
 
     def clock(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds of one call, and its result."""
-        self.synchronize()
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         result = call()
-        self.synchronize()
+        wait()
         return (time.perf_counter() - start) * 1e3, result
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def prompt(self, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -122,8 +120,7 @@ class Bench:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values."""
-    held = getattr(cache, "nbytes", None)
-    return held if held is not None else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    return cache.nbytes if hasattr(cache, "nbytes") else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
 
 
 def state(cache: Any) -> list[Tensor]:
@@ -152,10 +149,12 @@ def graph_step(step: Step, token: Tensor) -> Step:
     return replay
 
 
-def compiled_step(step: Step, token: Tensor) -> Step:
-    """`step` compiled by Inductor, whole, in CUDA graphs of its own."""
-    mode = "reduce-overhead" if token.is_cuda else None
-    compiled = torch.compile(step, fullgraph=True, mode=mode, backend="inductor" if token.is_cuda else "aot_eager")
+def compiled_step(step: Step, token: Tensor, tuned: bool = False) -> Step:
+    """`step` compiled by Inductor, whole, in CUDA graphs of its own; `tuned`: it times the tiles of what it makes."""
+    torch.compiler.reset()
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": tuned}
+    how: dict[str, Any] = {"options": options} if token.is_cuda else {"backend": "aot_eager"}
+    compiled = torch.compile(step, fullgraph=True, **how)
 
     def call(token: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -167,6 +166,14 @@ def compiled_step(step: Step, token: Tensor) -> Step:
     return call
 
 
+CAPTURES: dict[str, Callable[[Step, Tensor], Step] | None] = {
+    "eager": None,
+    "CUDA graph": graph_step,
+    "torch.compile": compiled_step,
+    "torch.compile, tuned": partial(compiled_step, tuned=True),
+}
+
+
 def removed(bench: Bench, tokens: int) -> None:
     """The model without its attention."""
     bench.model.set_attn_implementation("removed")
@@ -176,10 +183,9 @@ def removed(bench: Bench, tokens: int) -> None:
 
 def sdpa(bench: Bench, tokens: int, name: str) -> None:
     """Full attention with one of PyTorch's backends, as transformers runs it."""
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    backend = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}[name]
     bench.model.set_attn_implementation("sdpa")
-    chosen: AbstractContextManager[Any] = sdpa_kernel(backends[name]) if bench.device.type == "cuda" else nullcontext()
-    with chosen:
+    with sdpa_kernel(backend) if bench.device.type == "cuda" else nullcontext():
         first, cache, token = bench.first(bench.prompt(tokens), DynamicCache, repeats=1)
         bench.step(cache)(token)
         figures, _ = bench.next(bench.step(cache), token)
@@ -209,7 +215,7 @@ def cca_static(bench: Bench, tokens: int, core_heads: Any, decodings: list[str])
 
     reference: list[int] | None = None
     for decoding in decodings:
-        capture = {"CUDA graph": graph_step, "torch.compile": compiled_step}.get(decoding)
+        capture = CAPTURES.get(decoding)
         begun = time.perf_counter()
         step = capture(bench.step(cache), token) if capture else bench.step(cache)
         first["ready_s"] = time.perf_counter() - begun
@@ -225,14 +231,14 @@ def cca_static(bench: Bench, tokens: int, core_heads: Any, decodings: list[str])
         rewind()
 
 
-def plan(contexts: list[int], graphs: bool) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+def plan(options: argparse.Namespace) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
     """What is measured, the most telling first; the steps are compiled at the longest context alone."""
-    decodings = ["eager", "CUDA graph"] if graphs else ["eager"]
-    for tokens in contexts:
+    for tokens in options.contexts:
+        short = [name for name in options.decodings if tokens == max(options.contexts) or "compile" not in name]
         yield removed, (tokens,)
         yield cca_dynamic, (tokens, "kv")
-        yield cca_static, (tokens, "kv", [*decodings, "torch.compile"] if tokens == max(contexts) else decodings)
-        yield cca_static, (tokens, "query", decodings[-1:])
+        yield cca_static, (tokens, "kv", short)
+        yield cca_static, (tokens, "query", [name for name in short if "compile" not in name][-1:] or short[:1])
         yield sdpa, (tokens, "cuDNN")
         yield sdpa, (tokens, "flash")
 
@@ -242,9 +248,9 @@ def measure(options: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     bench = Bench(SHAPE if cuda else TINY, max(options.contexts), "cuda" if cuda else "cpu")
     started, failed = time.perf_counter(), 0
-    device = torch.cuda.get_device_name() if cuda else "CPU"
-    versions = {x.__name__: x.__version__ for x in (torch, triton, transformers)}
-    for call, arguments in plan(options.contexts, graphs=cuda):
+    about = {"device": torch.cuda.get_device_name() if cuda else "CPU", "shape": SHAPE if cuda else TINY}
+    about["versions"] = {x.__name__: x.__version__ for x in (torch, triton, transformers)}
+    for call, arguments in filter(lambda entry: entry[0].__name__ in options.only, plan(options)):
         if time.perf_counter() - started > options.seconds:
             bench.report(*arguments[:1], f"{call.__name__} {arguments[1:]}", "not measured: out of time")
             continue
@@ -258,8 +264,7 @@ def measure(options: argparse.Namespace) -> int:
         disable(bench.model)
         if cuda:
             torch.cuda.empty_cache()
-        record = {"device": device, "versions": versions, "shape": SHAPE if cuda else TINY, "rows": bench.rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps({**about, "rows": bench.rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -279,6 +284,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("models.json"), help="where to (default: %(default)s)")
     parser.add_argument("--show", type=Path, help="print the table of this record, measure nothing")
     parser.add_argument("--contexts", nargs="+", type=int, default=[32768, 131072], metavar="TOKENS")
+    parser.add_argument("--decodings", nargs="+", choices=CAPTURES, default=list(CAPTURES)[:3], help="static caches")
+    parts = [call.__name__ for call in (removed, cca_dynamic, cca_static, sdpa)]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="after these, nothing new is begun")
     options = parser.parse_args()
     failed = 0 if options.show else measure(options)
