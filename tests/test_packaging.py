@@ -171,7 +171,8 @@ def test_a_loaded_tool_is_seen() -> None:
 
 ATTENTION = {"attention", "arguments", "fused", "cache", "cache_state", "cache_op"}
 FRONT = {"spec", "problem", "kernels", "profiles", *ATTENTION}
-BEHIND_COMMANDS = {"__init__", "verify", "autotune", "ci", "terminal", "cli_runs"}
+COMMANDS = {"cli", *(f"cli_{name}" for name in ("bench", "cards", "peers", "plan", "profile", "runs", "verify"))}
+BEHIND_COMMANDS = {"__init__", "verify", "autotune", "ci", "terminal", "bench", *COMMANDS}
 ARROWS: dict[str, set[str]] = {
     **{name: set() for name in ("spec", "terminal")},
     "problem": {"spec"},
@@ -181,8 +182,7 @@ ARROWS: dict[str, set[str]] = {
     "verify": FRONT | {"__init__"},
     "autotune": FRONT | {"__init__", "verify"},
     **dict.fromkeys(("ci", "bench"), FRONT | {"__init__", "verify", "autotune"}),
-    "cli_bench": FRONT | {"bench", "autotune", "terminal"},
-    **dict.fromkeys(("cli", "cli_runs", "cli_verify", "cli_profile", "pytest_plugin"), FRONT | BEHIND_COMMANDS),
+    **dict.fromkeys((*sorted(COMMANDS), "pytest_plugin"), FRONT | BEHIND_COMMANDS),
 }
 SHARED_BY_HOPPER = {f"hopper.{module}" for module in ("limits", "pipeline", "keys", "queries")}
 SHARED_BY_KERNELS = {"primitives", "tunable", "layout"} | SHARED_BY_HOPPER

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_cards, cli_runs
+from . import cli_cards, cli_peers, cli_runs
 from .problem import Problem
 from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
 
@@ -82,6 +82,7 @@ def tune(
     seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what earlier runs put out.")] = False,
     allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Do not time SDPA and FlexAttention beside.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
     jobs: Annotated[int | None, number("--jobs", "Worker processes; default: one for each core.")] = None,
@@ -93,12 +94,16 @@ def tune(
     On a machine with that GPU every config is timed. Without it, configs are compiled for it, those that cannot run
     there are dropped, and the rest is ranked by a model; the profile says which it was.
     """
-    given = locals()
+    return _begin(locals())
+
+
+def _begin(given: dict[str, Any]) -> int:
     problems = _problems(given)
-    device = _device(gpu, devices)
-    output = output or Path(f"{device.name}.yaml")
+    device = _device(given["gpu"], given["devices"])
+    output = given["output"] or Path(f"{device.name}.yaml")
     check_output("--output", output)
-    return _run(_requests(given, problems, device), output, as_json=as_json, quiet=quiet, given=given)
+    requests = _requests(given, problems, device)
+    return _run(requests, output, as_json=given["as_json"], quiet=given["quiet"], given=given)
 
 
 def tune_main(arguments: Sequence[str] | None = None) -> None:
@@ -225,19 +230,21 @@ def _run(
     except KeyboardInterrupt as error:
         message = "interrupted; what was finished is kept, the same command goes on from there"
         raise Refused(message, INTERRUPTED) from error
+    beside = [] if given.get("no_peers") or not session.written else cli_peers.timed(session.runs, output, words)
     if as_json:
-        typer.echo(json.dumps(session.summary(), indent=2))
+        typer.echo(json.dumps({**session.summary(), "peers": beside}, indent=2))
     session.show(results)
-    _keep(session, requests[0], words)
+    cli_peers.show(beside, requests[0].at_hand, results)
+    _keep(session, beside, requests[0], words)
     return OK if settled else WRONG
 
 
-def _keep(session: Session, request: Request, words: Console) -> None:
+def _keep(session: Session, beside: list[dict[str, Any]], request: Request, words: Console) -> None:
     """Keep the run, for `cca-tune explain` and its like."""
     from .autotune.record import record_of, write_record
 
     try:
-        path = write_record(record_of(session), request.cache_folder)
+        path = write_record({**record_of(session), "peers": beside}, request.cache_folder)
     except OSError as error:
         words.print(f"the run cannot be kept: {error}", style="red", markup=False, soft_wrap=True)
     else:
