@@ -231,15 +231,18 @@ def default_config(problem: Problem, arch: str) -> DecodeConfig:
     """A config that runs `problem` on every supported GPU.
 
     It does not depend on the batch, so that a row's bits do not either: the cores of a row alone are worth about 112
-    programs, its raw tokens 16, and more where that leaves a program too many keys. A tile of keys takes at most
-    16 KiB. The interpreter runs one program at a time.
+    programs, its raw tokens 16, and more where a program of raw tokens would have more keys than one of cores at
+    `seq_len` tokens. A tile of keys takes at most 16 KiB. The interpreter runs one program at a time.
     """
     if arch == "cpu":
         return DecodeConfig(block_k=32, splits_core=2, splits_raw=1)
+    splits_core = min(64, max(8, 112 // problem.num_core_heads))
+    share = max(1, problem.spec.visible_cores(problem.seq_len) // splits_core)
+    raw_shares = int(triton.next_power_of_2(triton.cdiv(problem.spec.max_local_tokens(), share)))
     return DecodeConfig(
         block_k=max(16, min(64, 2**14 // (padded_dim(problem.head_dim) * problem.element_bytes))),
-        splits_core=min(64, max(8, 112 // problem.num_core_heads)),
-        splits_raw=min(8, max(2, 16 // problem.kv_heads)),
+        splits_core=splits_core,
+        splits_raw=min(8, max(2, 16 // problem.kv_heads, raw_shares)),
         num_stages=3 if arch.startswith("sm_") else 2,
     )
 
