@@ -153,20 +153,20 @@ class _Header(BaseModel):
     semantic: SemanticBlock
 
 
-def read_header(path: Path, arch: str = "") -> tuple[DeviceIdentity, SemanticBlock] | None:
+def parse_header(data: bytes, source: str, arch: str = "") -> tuple[DeviceIdentity, SemanticBlock] | None:
     """The GPU and the semantics that a profile is for, without reading its entries; None if it is not of `arch`.
 
     Raises:
         ProfileError: for a file that is no profile.
     """
-    head = path.read_bytes()[:MAX_BYTES].partition(b"\nentries:")[0]
+    head = data[:MAX_BYTES].partition(b"\nentries:")[0]
     if arch.encode() not in head:
         return None
     try:
         text = head.decode()
         header = _Header.model_validate(read_laid_out(text, MAX_VALUES) or _Builder(text).document())
     except (UnicodeDecodeError, _Stop, yaml.YAMLError, ValidationError):
-        profile = read_profile(path)  # says what is wrong, unless the blocks are in another order
+        profile = parse_profile(data, source)  # says what is wrong, unless the blocks are in another order
         return profile.device, profile.semantic
     return header.device, header.semantic
 
@@ -224,14 +224,18 @@ def _quickly(text: str) -> Profile | None:
 
 def read_profile(path: Path, mode: Mode = "checked") -> Profile:
     """The profile in one file. Raises `ProfileError` with every mistake found, each with its line."""
+    return parse_profile(read_data(path), str(path), mode)
+
+
+def read_data(path: Path) -> bytes:
+    """The bytes of a file, of a large one only so many that it is seen to be too large. Raises `ProfileError`."""
     try:
         if not path.is_file():
             raise ProfileError(f"{path} is not a file")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_profile(data, str(path), mode)
 
 
 def _validated(content: dict[str, Any], is_newer: bool, source: str) -> Profile:

@@ -17,9 +17,9 @@ from .identity import Semantics
 from .live import LiveDevice, live_device
 from .memory import Memory, ProfileWarning
 from .places import places
-from .reading import ProfileError, read_header, read_profile
+from .reading import ProfileError, parse_header, parse_profile
 from .schema import Profile
-from .store import load_profile, profile_files
+from .store import load_profile, profiles_in
 
 
 class AutoProfile:
@@ -67,10 +67,10 @@ class AutoProfile:
     def _for(self, live: LiveDevice, semantics: Semantics) -> Iterator[Profile]:
         """The profiles for this GPU and semantics, the best first; each is read when it is needed."""
         ranked = []
-        for path in self._paths:
+        for path, data in self._files.items():
             try:
-                header = read_header(path, live.arch)
-            except (ProfileError, OSError) as error:
+                header = parse_header(data, str(path), live.arch)
+            except ProfileError as error:
                 self._pass_over(path, error)
                 continue
             likeness = None if header is None else live.likeness(header[0])
@@ -82,16 +82,16 @@ class AutoProfile:
                 yield profile
 
     @cached_property
-    def _paths(self) -> list[Path]:
+    def _files(self) -> dict[Path, bytes]:
         def report(error: ProfileError) -> None:
             warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=8)
 
-        return [path for _, path in profile_files(places(report))]
+        return {path: data for _, path, data in profiles_in(places(report), report)}
 
     def _read(self, path: Path) -> Profile | None:
         if path not in self._profiles:
             try:
-                self._profiles[path] = read_profile(path)
+                self._profiles[path] = parse_profile(self._files[path], str(path))
             except ProfileError as error:
                 self._pass_over(path, error)
         return self._profiles[path]

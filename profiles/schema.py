@@ -170,10 +170,14 @@ class Profile(Part):
             seen.add((entry.kernel, entry.problem))
 
     @cached_property
+    def digest(self) -> str:
+        """The sha256 of what it says."""
+        return hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()
+
+    @cached_property
     def handle(self) -> str:
         """The string that stands for it in `HANDLES`; equal profiles have equal handles."""
-        content = self.model_dump_json(by_alias=True).encode()
-        return f"{self._mode} profile {hashlib.sha256(content).hexdigest()}"
+        return f"{self._mode} profile {self.digest}"
 
     def model_post_init(self, context: Any, /) -> None:
         """Enter it in `HANDLES`."""
@@ -199,6 +203,7 @@ class Profile(Part):
     def read_from(self, source: str, mode: Mode = "checked") -> Profile:
         """The same content with the name of its file and the mode of its look-ups."""
         new = Profile.model_construct(**{name: getattr(self, name) for name in Profile.model_fields})
+        new.__dict__["digest"] = self.digest  # where `cached_property` keeps it
         new._source, new._mode = source, mode
         HANDLES[new.handle] = new
         return new

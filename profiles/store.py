@@ -18,17 +18,19 @@ from .choice import Mode
 from .configs import KERNEL_ABI
 from .identity import SemanticBlock, Semantics, plain
 from .layout import laid_out
-from .places import Place, bundled_folder, current_folder, places, user_folder
-from .reading import ProfileError, read_header, read_profile
+from .places import Place, Report, bundled_folder, current_folder, places, refuse, user_folder
+from .reading import ProfileError, parse_header, parse_profile, read_data, read_profile
 from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
 
 __all__ = [
     "ProfileError", "ProfileNotFound", "bundled_folder", "load_profile", "make_profile", "merged", "profile_files",
-    "read_profile", "update_profile", "user_folder", "write_profile", "write_text",
+    "profiles_in", "read_profile", "update_profile", "user_folder", "write_profile", "write_text",
 ]  # fmt: skip
 
 _EVIDENCE_RANK = {"default": 0, "modelled": 1, "transferred": 2, "measured": 3}
 _MAY_BE_EMPTY = ("policy", "search", "pareto", "resources", "failed", "dtypes", "layouts")
+SAYS_SO_WITHIN = 4096
+"""Bytes in which a file has to say that it is a profile."""
 _SCHEMA_LINE = re.compile(rb"^schema:\s*['\"]?cca-profile/", re.MULTILINE)
 
 
@@ -56,10 +58,10 @@ def load_profile(name: str | Path, mode: Mode = "checked") -> Profile:
         return read_profile(Path(name), mode)
     wanted = plain(_name_at_hand() if name == "auto" else name)
     looked = places() if name == "auto" else [current_folder(), *places()]
-    for _, path in profile_files(looked):
-        header = read_header(path)
+    for _, path, data in profiles_in(looked):
+        header = parse_header(data, str(path))
         if header is not None and wanted in map(plain, header[0].names):
-            return read_profile(path, mode)
+            return parse_profile(data, str(path), mode)
     folders = ", ".join(str(place.folder) for place in looked)
     raise ProfileNotFound(f"no profile for the GPU {name!r} in {folders}; to make one: {tune_command(name)}")
 
@@ -74,12 +76,24 @@ def _name_at_hand() -> str:
 
 def profile_files(looked: Sequence[Place]) -> Iterator[tuple[Place, Path]]:
     """The files of these places that say that they are profiles, whole or damaged."""
+    return ((place, path) for place, path, _ in profiles_in(looked))
+
+
+def profiles_in(looked: Sequence[Place], report: Report = refuse) -> Iterator[tuple[Place, Path, bytes]]:
+    """The same with what is in them; a file that cannot be read is reported.
+
+    Raises:
+        ProfileError: by the default `report`.
+    """
     for place in looked:
         for path in place.files():
-            with path.open("rb") as file:
-                is_profile = _SCHEMA_LINE.search(file.read(4096)) is not None
-            if is_profile:
-                yield place, path
+            try:
+                data = read_data(path)
+            except ProfileError as error:
+                report(error)
+                continue
+            if _SCHEMA_LINE.search(data, 0, SAYS_SO_WITHIN) is not None:
+                yield place, path, data
 
 
 def write_profile(profile: Profile, path: Path) -> None:
