@@ -172,7 +172,7 @@ def default_config(problem: Problem, arch: str) -> BackwardDqConfig:
     if problem.element_bytes > 2 or problem.head_dim > 128:
         return BackwardDqConfig(block_q=32, block_k=32, num_warps=4, num_stages=1)
     if arch in ("sm_90", "sm_100", "sm_103"):
-        return BackwardDqConfig(block_q=128, block_k=64, num_warps=8, num_stages=2)
+        return BackwardDqConfig(block_q=64, block_k=64, num_warps=4, num_stages=2)
     return BackwardDqConfig(block_q=64, block_k=32, num_warps=4, num_stages=2)
 
 

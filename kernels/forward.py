@@ -137,7 +137,7 @@ def default_config(problem: Problem, arch: str) -> ForwardConfig:
     if problem.head_dim > 128:
         return ForwardConfig(block_q=64, block_k=32, num_warps=4, num_stages=2)
     if arch in ("sm_90", "sm_100", "sm_103"):
-        return ForwardConfig(block_q=128, block_k=64, num_warps=8, num_stages=3)
+        return ForwardConfig(block_q=64, block_k=64, num_warps=4, num_stages=3)
     return ForwardConfig(block_q=128, block_k=32, num_warps=4, num_stages=2)
 
 
