@@ -68,9 +68,12 @@ def core_gradients_in(dq: Tensor, k_core: Tensor, group_size: int, wide: torch.d
     aligned = all(size % parts == 0 for size in (head_dim, *dq.stride()[:3]))
     if 2 * parts >= group_size or not aligned or 0 in k_core.shape:
         return torch.empty_like(k_core, dtype=wide), torch.empty_like(k_core, dtype=wide)
-    heads = dq.view(wide)[:, :: dq.shape[1] // core_heads, : num_cores * group_size]
-    groups = heads.unflatten(2, (num_cores, group_size))
-    return groups[:, :, :, :parts], groups[:, :, :, parts : 2 * parts]
+    rows = dq.view(wide)
+    batch_stride, head_stride, row_stride, _ = rows.stride()
+    shape = (dq.shape[0], core_heads, num_cores, parts, head_dim // parts)
+    strides = (batch_stride, dq.shape[1] // core_heads * head_stride, group_size * row_stride, row_stride, 1)
+    first = rows.storage_offset()
+    return rows.as_strided(shape, strides, first), rows.as_strided(shape, strides, first + parts * row_stride)
 
 
 def core_gradient_layout(dk_core: Tensor, dv_core: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:

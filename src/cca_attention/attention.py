@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import fused
 from .arguments import check_sequences, check_tensors
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
     from .profiles.schema import Profile
 
 Backend = Literal["auto", "triton", "eager"]
+
+LIBRARY = torch.library.Library("cca_attention", "FRAGMENT")
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """`function` as an op of torch.library that takes a call in 16 us; one of `torch.library.custom_op` takes 60."""
+    name = function.__name__.removeprefix("_")
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.cca_attention, name).default
 
 
 def register_profile(profile: str | Profile | Schedule | None) -> str:
@@ -83,7 +95,10 @@ def _empty_results(
     return torch.empty_like(q), lse, k.new_empty(core), v.new_empty(core), lse.new_empty(core[:3])
 
 
-@torch.library.custom_op("cca_attention::forward", mutates_args=())
+_spec = lru_cache(maxsize=1024)(CCASpec)  # of values that were checked before
+
+
+@_operator
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -98,7 +113,7 @@ def _forward(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    spec = _spec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
     if backend == "eager":
         out, lse, k_core, v_core = eager.forward(q, k, v, spec, bounds=bounds, packed=packed)
         return out, lse, k_core, v_core, lse.new_zeros(k_core.shape[:3])
@@ -107,7 +122,7 @@ def _forward(
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))
 
 
-@_forward.register_fake
+@torch.library.register_fake("cca_attention::forward", lib=LIBRARY)
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -127,7 +142,7 @@ def _forward_fake(
     return _empty_results(q, k, v, spec, pooled(q.shape[2]))
 
 
-@torch.library.custom_op("cca_attention::backward", mutates_args=())
+@_operator
 def _backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -149,7 +164,7 @@ def _backward(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    spec = _spec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
     if 0 in q.shape:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
@@ -159,7 +174,7 @@ def _backward(
     return fused.backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
 
 
-@_backward.register_fake
+@torch.library.register_fake("cca_attention::backward", lib=LIBRARY)
 def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -177,7 +192,23 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: 
     return (*grads, None, *(None for _ in ctx.options))
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("cca_attention::forward", _differentiate, setup_context=_save, lib=LIBRARY)
+
+
+class _Attention(torch.autograd.Function):
+    """The op with the same gradient, for eager code: what the op has of its own costs 60 us more."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def _records(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def cca_attention(
@@ -215,6 +246,9 @@ def cca_attention(
         profile: where the launch configs come from: a name or path that `load_profile` takes, a Profile, a Schedule,
             "auto" for the best that there is for this GPU, None for the built-in ones. Never changes what is computed.
         backend: "triton", "eager" (blocked PyTorch), or "auto": triton on CUDA and under the interpreter, else eager.
+            Where no query sees a core token (T < window_size + group_size), this is causal attention: there "auto"
+            leaves float16 and bfloat16 on CUDA to ``scaled_dot_product_attention``, unless sequences are packed or
+            padded, or lse or gradients are wanted (its own are not the same bits from run to run).
         deterministic: True promises the same bits from run to run; at present both values run the same kernels.
         return_lse: also return the log-sum-exp of each query's logits.
 
@@ -233,9 +267,21 @@ def cca_attention(
     chosen = choose_backend(backend, q)
     if q.dtype == torch.float64 and chosen == "triton" and q.is_cuda:
         raise TypeError("q must be float16, bfloat16 or float32 on CUDA, got torch.float64")
-    packed = cu_seqlens is not None
-    out, lse, *_ = _forward(
-        q, k, v, cu_seqlens if packed else seq_bounds, packed, group_size, window_size, core_heads, pooling,
-        spec.softmax_scale(q.shape[3]), chosen, register_profile(profile),
-    )  # fmt: skip
+    packed, handle, records = cu_seqlens is not None, register_profile(profile), _records(q, k, v)
+    bounds, factor = cu_seqlens if packed else seq_bounds, spec.softmax_scale(q.shape[3])
+    if backend == "auto" and bounds is None and not (return_lse or records) and is_dense(q, spec):
+        return causal_attention(q, k, v, factor)
+    attend = _Attention.apply if records and not torch.compiler.is_compiling() else _forward
+    out, lse, *_ = attend(q, k, v, bounds, packed, group_size, window_size, core_heads, pooling, factor, chosen, handle)
     return (out, lse) if return_lse else out
+
+
+def is_dense(q: Tensor, spec: CCASpec) -> bool:
+    """Whether PyTorch's own kernels are to take queries (B, Hq, T, D) that see raw tokens only."""
+    return q.is_cuda and q.element_size() == 2 and q.numel() > 0 and not fused.groups_to_pool(spec, q.shape[2])
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """CCA attention of sequences in which no query sees a core token (spec section 2), by PyTorch."""
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
