@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from .explain import against_builtin, named
-from .page_plots import front_plot, history_plot, roofline_plot, tile_map
+from .figures import failures, roofline
+from .page_plots import bounds_plot, front_plot, history_plot, roofline_plot, tile_map
 from .report import time_text
 
 LONG = 40
@@ -32,10 +32,17 @@ table { border-collapse: collapse; font-size: .87rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 td.text { white-space: normal; min-width: 260px; overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 8px 24px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(360px, 100%), 1fr)); gap: 8px 24px; }
 svg { width: 100%; max-width: 520px; height: auto; display: block; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg text.cell { fill: var(--ink); }
+@media (max-width: 640px) {
+  section, header { padding: 12px 14px; }
+  table, tbody, tr, td { display: block; } th { display: none; } table { width: 100%; }
+  tr { border-bottom: 1px solid var(--line); padding: 6px 0; }
+  td, td.text { border: 0; padding: 1px 0; min-width: 0; white-space: normal; overflow-wrap: anywhere; }
+  td:empty { display: none; } td::before { content: attr(data-head) ": "; color: var(--soft); }
+}
 """
 
 
@@ -56,11 +63,13 @@ def as_html(record: Mapping[str, Any]) -> str:
 def _parts(record: Mapping[str, Any]) -> Iterator[str]:
     for run in record["runs"]:
         yield _summary(run)
+    if record.get("peers"):
+        yield _peers(record["peers"])
     if record["semantics"]:
         yield _front(record["semantics"])
     for run in record["runs"]:
         for name, kernel in run["kernels"].items():
-            yield _kernel(name, kernel, run["problem"])
+            yield _kernel(name, kernel, run["problem"], record["device"])
 
 
 def _summary(run: Mapping[str, Any]) -> str:
@@ -82,6 +91,22 @@ def _summary(run: Mapping[str, Any]) -> str:
     return f'<h2>{run["problem"]["seq_len"]} tokens</h2><p class="soft">{escape(problem)}</p>{_table(heads, rows)}'
 
 
+def _peers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What PyTorch's attentions take beside what was tuned."""
+    cells = [
+        (
+            f"{row['what']}, {row['problem']['seq_len']} tokens",
+            row["system"],
+            row["status"] if row["ms"] is None else time_text(1e3 * row["ms"]),
+            row["note"],
+        )
+        for row in rows
+    ]
+    about = "flash and cudnn are PyTorch's dense attention, flex is FlexAttention with the same mask and ready cores"
+    heads = ("whole pass", "by", "time", "why")
+    return f'<h2>Beside other attentions</h2><p class="soft">{about}</p>{_table(heads, cells)}'
+
+
 def _front(found: Mapping[str, Any]) -> str:
     heads = ("group", "window", "latency", "of full cache", "error", "reached")
     rows = [
@@ -98,10 +123,19 @@ def _front(found: Mapping[str, Any]) -> str:
     chosen = found["preferred"]
     picked = f"ringed: the knee; preferred: group size {chosen['group_size']}, window size {chosen['window_size']}"
     about = f"errors are proxies, on {found['data']}; {picked}"
-    return f'<h2>Group and window size</h2><p class="soft">{escape(about)}</p>{front_plot(found)}{_table(heads, rows)}'
+    plots = {
+        "latency over cache": front_plot(found, "latency_us", time_text),
+        "error over cache": front_plot(found, "error", "{:.3f}".format),
+    }
+    return f'<h2>Group and window size</h2><p class="soft">{escape(about)}</p>{_drawn(plots)}{_table(heads, rows)}'
 
 
-def _kernel(name: str, kernel: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
+def _drawn(plots: Mapping[str, str]) -> str:
+    found = "".join(f"<div><h3>{title}</h3>{plot}</div>" for title, plot in plots.items() if plot)
+    return f'<div class="plots">{found}</div>'
+
+
+def _kernel(name: str, kernel: Mapping[str, Any], problem: Mapping[str, Any], device: str) -> str:
     parts = [f"<h2>{escape(name)}, {problem['seq_len']} tokens</h2>"]
     if kernel["chosen"] is None:
         parts.append(f"<p>{escape(str(kernel['trouble']))}</p>")
@@ -111,15 +145,16 @@ def _kernel(name: str, kernel: Mapping[str, Any], problem: Mapping[str, Any]) ->
     plots = {
         "best so far, by round" if kernel["rounds"] else "predicted, by config": history_plot(kernel),
         "least time by tile": tile_map(kernel),
-        "what bounds the choice, by the model": roofline_plot(kernel),
+        "useful work under the GPU's stated rates": roofline_plot(roofline(name, kernel, problem, device)),
+        "what bounds the choice, by the model": bounds_plot(kernel),
     }
-    drawn = "".join(f"<div><h3>{title}</h3>{plot}</div>" for title, plot in plots.items() if plot)
-    parts.append(f'<div class="plots">{drawn}</div>{_failures(name, kernel)}')
-    return "".join(parts)
+    return "".join([*parts, _drawn(plots), _failures(name, kernel)])
 
 
 def _failures(name: str, kernel: Mapping[str, Any]) -> str:
-    counted = Counter({**kernel["failed"], **kernel["dropped"], **kernel["ruled_out"]})
+    counted = failures(kernel)
+    for entry in kernel["quarantined"]:
+        counted[entry["outcome"]] -= 1  # they have a line of their own
     rows: list[tuple[Any, ...]] = [("", kind, f"{count} configs") for kind, count in counted.items() if count]
     rows += [(named(name, q["config"]), q["outcome"], q["message"]) for q in kernel["quarantined"]]
     return f"<h3>failures</h3>{_table(('config', 'kind', 'what'), rows)}" if rows else ""
@@ -127,10 +162,11 @@ def _failures(name: str, kernel: Mapping[str, Any]) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, heads, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def _cell(value: Any) -> str:
+def _cell(head: str, value: Any) -> str:
     text = escape(str(value))
-    return f'<td class="text">{text}</td>' if len(text) > LONG else f"<td>{text}</td>"
+    kind = ' class="text"' if len(text) > LONG else ""
+    return f'<td{kind} data-head="{escape(head)}">{text}</td>'

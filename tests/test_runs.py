@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import json
 import sys
@@ -16,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from cca_attention import cli
+from cca_attention.autotune import figures
 from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.devices import device_table, find_device
 from cca_attention.autotune.explain import differences, explanation, replay
@@ -217,7 +219,7 @@ def test_the_page_needs_nothing_else_and_shows_all(toy: Any, tmp_path: Path, mea
     text = as_html(record)
     page = Page(text)
     assert page.open == [] and page.links == [] and "script" not in page.tags
-    assert page.tags.count("svg") == 4, "front, history, tiles, what bounds the choice"
+    assert page.tags.count("svg") == 6, "the front twice, history, tiles, roofline, what bounds the choice"
     assert "CUDA error: &lt;illegal&gt; &amp; more" in text and "q=64 k=64 warps=8" in text
     assert "nan" not in text.lower().replace("quarantine", "") and "g 8, w 256" in text
 
@@ -225,12 +227,58 @@ def test_the_page_needs_nothing_else_and_shows_all(toy: Any, tmp_path: Path, mea
 def test_the_page_of_a_kernel_without_anything(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = made(toy, tmp_path)
     kernel = record["runs"][0]["kernels"]["harmful"]
-    kernel |= {"trials": [], "rounds": [], "chosen": None, "time_us": None, "trouble": "no config runs: 12 <b>"}
+    kernel |= {"trials": [], "rounds": [], "chosen": None, "time_us": None, "default_time_us": None}
+    kernel["trouble"] = "no config runs: 12 <b>"
     page = Page(as_html(record))
     assert "svg" not in page.tags
     code, _, err = run(capsys, "report", str(write_record(record, tmp_path)), "--output", str(tmp_path / "run.html"))
     assert code == OK and "wrote" in err and "12 &lt;b&gt;" in (tmp_path / "run.html").read_text()
     assert "is a directory" in run(capsys, "report", "--output", str(tmp_path), "--cache-dir", str(tmp_path))[2]
+
+
+def test_the_pictures_are_files(
+    toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = made(toy, tmp_path)
+    point = dict.fromkeys(Point.__dataclass_fields__, 1.0)
+    record["semantics"] = {"points": [point], "front": [point], "knee": point, "preferred": point, "data": "mine"}
+    path, folder = write_record(record, tmp_path), tmp_path / "pictures"
+    options = ("report", str(path), "--output", str(tmp_path / "run.html"), "--png")
+    code, _, err = run(capsys, *options, str(folder))
+    assert code == OK and err.count("wrote ") == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["front.png", "harmful-4096.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.iterdir())
+    assert "is a file, not a directory" in run(capsys, *options, str(path))[2]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert "--png needs matplotlib: pip install 'cca-attention[report]'" in run(capsys, *options, str(folder))[2]
+
+
+def test_the_figures_are_those_of_the_run(toy: Any, tmp_path: Path) -> None:
+    record = made(toy, tmp_path)
+    kernel = record["runs"][0]["kernels"]["harmful"]
+    assert figures.history(kernel) == [80.0] * 6 and figures.failures(kernel) == {"illegal access": 1}
+    found = figures.tiles(kernel)
+    assert (
+        found is not None and {found.down, found.across} == {"block_q", "block_k"} and min(found.best_us.values()) == 80
+    )
+    assert figures.bounds(kernel) == {"tensor": 14.0, "issue": 3.0, "hbm": 2.0, "exp2": 0.0}
+    roofline = figures.roofline("harmful", kernel, record["runs"][0]["problem"], "a100-80gb")
+    assert roofline is not None and roofline.roof(1e9) == roofline.peak_tflops == find_device("a100").tensor_tflops
+    work = toy.HARMFUL.work(PROBLEM, toy.default(PROBLEM, "sm_80"))
+    assert roofline.points["built-in"] == pytest.approx((work.flops / work.bytes, work.flops / 90e-6 / 1e12))
+
+
+def test_a_narrow_page_names_each_cell(toy: Any, tmp_path: Path) -> None:
+    record = made(toy, tmp_path)
+    row = {"what": "forward", "problem": record["runs"][0]["problem"], "keys": None}
+    record["peers"] = [
+        {**row, "system": "flash", "status": "measured", "ms": 2.5, "note": ""},
+        {**row, "system": "cudnn", "status": "refused", "ms": None, "note": "no <kernel>"},
+    ]
+    text = as_html(record)
+    assert '<td data-head="built-in">90.0 us</td>' in text and "td::before" in text
+    assert "2.50 ms" in text and "no &lt;kernel&gt;" in text
 
 
 def test_the_gpus_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

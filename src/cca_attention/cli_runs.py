@@ -121,19 +121,39 @@ def replay(
     return OK
 
 
-@app.command(epilog="Example: cca-tune report --output run.html")
+@app.command(epilog="Example: cca-tune report --output run.html --png pictures")
 def report(
     run: Run = None,
     output: Annotated[Path, file("--output", "The page to write.")] = Path("cca-tune.html"),
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Where to draw the pictures, too.")] = None,
     cache_dir: CacheDir = None,
 ) -> int:
-    """Write a run as one HTML page that needs nothing else."""
+    """Write a run as one HTML page that needs nothing else, and its pictures as PNG files."""
     from .autotune.page import as_html
+    from .autotune.pictures import draw
 
     check_output("--output", output)
-    output.write_text(as_html(_record(run, cache_dir)), encoding="utf-8")
-    typer.echo(f"wrote {output}", err=True)
+    _check_folder(png)
+    record = _record(run, cache_dir)
+    try:
+        output.write_text(as_html(record), encoding="utf-8")
+        for path in (output, *(draw(record, png) if png is not None else ())):
+            typer.echo(f"wrote {path}", err=True)
+    except OSError as error:
+        raise Refused(f"{error.filename or output} cannot be written: {error.strerror or error}") from error
     return OK
+
+
+def _check_folder(png: Path | None) -> None:
+    import importlib.util
+
+    if png is None:
+        return
+    if png.exists() and not png.is_dir():
+        raise Refused(f"--png {png} is a file, not a directory")
+    check_output("--png", png / "front.png" if png.is_dir() else png)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Refused("--png needs matplotlib: pip install 'cca-attention[report]'")
 
 
 @app.command(epilog="Example: cca-tune capture ./llama-3.1-8b book.txt --output dump.safetensors")
