@@ -35,9 +35,10 @@ class Request:
     of the order in a round and of what a strategy draws; `least_ctx`: the shortest context that the problem's stands
     for, None for itself alone. `only`: by kernel, what is tried beside the built-in config, None for the whole space.
     `cards`: the GPUs to time on, all alike; with none, the one that PyTorch uses; `take` makes a worker process use
-    one of them. `retry_failed`: what earlier runs put out is tried again. `verify`, `sample` and `recheck` are called
-    in worker processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a
-    job of each phase has.
+    one of them; `ray`: the address of the Ray cluster whose workers do it all, None for this machine's own.
+    `retry_failed`: what earlier runs put out is tried again. `verify`, `sample` and `recheck` are called in worker
+    processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a job of
+    each phase has.
     """
 
     device: Device
@@ -55,6 +56,7 @@ class Request:
     only: Mapping[str, tuple[Config, ...]] | None = None
     cards: tuple[HostCard, ...] = ()
     take: Callable[[str], None] = take_card
+    ray: str | None = None
     retry_failed: bool = False
     verify: Verify = verify_by_gate
     sample: Sample = sample

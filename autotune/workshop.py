@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import jobs
 from .card import card_at_hand
 from .compile import aim
-from .host import HostCard
 from .pool import Pool
 from .progress import Progress, Request
 from .stations import Station, spread
@@ -34,9 +34,8 @@ class Workshop:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self.compilers = Pool(request.jobs, aim, request.device.arch)
-        self.stations = [_station(request, card) for card in request.cards] or [_only_station()]
-        self.checkers = _checkers(request)
+        staff = _local if request.ray is None else _far
+        self.compilers, self.checkers, self.stations = staff(request)
         self._preparing = threading.Lock()
 
     def __enter__(self) -> Workshop:
@@ -65,7 +64,12 @@ class Workshop:
             for number, tuner in enumerate(tuners, start=1):
                 done = COMPILED_BY + (CHECKED_BY - COMPILED_BY) * number / len(tuners)
                 tuner.check(self.checkers, begin + done * budget_s)
+            if self._request.ray is not None:
+                self.checkers.close()  # it gives the GPUs to those that time
             self._race(tuners, begin + budget_s)
+            if self._request.ray is not None:
+                for station in self.stations:
+                    station.pool.close()
         for tuner in tuners:
             tuner.settle(self.checkers)
 
@@ -99,21 +103,43 @@ class Workshop:
         return prepare
 
 
-def _station(request: Request, card: HostCard) -> Station:
-    nvml = card_at_hand(card.index)
-    pool = Pool(1, request.take, renew=True, places=[(card.handle,)])
-    return Station(str(card.index), pool) if nvml is None else Station(str(card.index), pool, nvml.state)
+Staff = tuple[Pool, Pool, list[Station]]
 
 
-def _only_station() -> Station:
-    """The GPU that PyTorch uses of itself."""
-    nvml = card_at_hand()
-    pool = Pool(1, jobs.no_setup, renew=True)
-    return Station("0", pool) if nvml is None else Station("0", pool, nvml.state)
+def _local(request: Request) -> Staff:
+    """Who compiles, verifies and times on this machine; without cards there is the GPU that PyTorch uses of itself."""
+    size, places = min(request.jobs, MOST_CHECKERS * max(1, len(request.cards))), _places(request)
+    compilers = Pool(request.jobs, aim, request.device.arch)
+    if not places:
+        return compilers, Pool(size, jobs.no_setup, renew=True), [_station(0, Pool(1, jobs.no_setup, renew=True))]
+    stations = [
+        _station(card.index, Pool(1, request.take, renew=True, places=[place]))
+        for card, place in zip(request.cards, places, strict=True)
+    ]
+    return compilers, Pool(size, request.take, renew=True, places=places), stations
 
 
-def _checkers(request: Request) -> Pool:
-    size = min(request.jobs, MOST_CHECKERS * max(1, len(request.cards)))
+def _places(request: Request) -> list[tuple[str]]:
+    return [(card.handle,) for card in request.cards]
+
+
+def _station(index: int, pool: Pool) -> Station:
+    nvml = card_at_hand(index)
+    return Station(str(index), pool) if nvml is None else Station(str(index), pool, nvml.state)
+
+
+def _far(request: Request) -> Staff:
+    """The same in the Ray cluster that was joined. Those that verify share the GPUs before and after they are timed."""
+    from .ray_pool import RayPool, state_of, take_alike
+
+    compilers = RayPool(request.jobs, aim, request.device.arch)
     if not request.cards:
-        return Pool(size, jobs.no_setup, renew=True)
-    return Pool(size, request.take, renew=True, places=[(card.handle,) for card in request.cards])
+        return compilers, RayPool(request.jobs, jobs.no_setup, renew=True), []
+    kind, share = request.cards[0].kind, 1 / MOST_CHECKERS
+    size = MOST_CHECKERS * len(request.cards)
+    checkers = RayPool(size, take_alike, kind, renew=True, cpus=0.0, gpus=share)
+    pools = [RayPool(1, take_alike, kind, renew=True, cpus=0.0, gpus=1.0) for _ in request.cards]
+    stations = [
+        Station(str(card.index), pool, partial(state_of, pool)) for card, pool in zip(request.cards, pools, strict=True)
+    ]
+    return compilers, checkers, stations

@@ -79,6 +79,7 @@ def tune(
     qkv: Annotated[Path | None, typer.Option("--qkv", help="Activations for the error: a .safetensors file.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Time for all of the search: 90s, 10m.")] = None,
     devices: Annotated[str | None, typer.Option("--devices", help="GPUs to time on: 0,1; default: all alike.")] = None,
+    ray: Annotated[str | None, typer.Option("--ray", help="Ray cluster to run in: its address, or local.")] = None,
     seed: Annotated[int, number("--seed", "Of the order in which configs are timed.")] = 0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what earlier runs put out.")] = False,
     allow_busy: Annotated[bool, typer.Option("--allow-busy", help="Time on a GPU that others use, too.")] = False,
@@ -99,7 +100,7 @@ def tune(
 
 def _begin(given: dict[str, Any]) -> int:
     problems = _problems(given)
-    device = _device(given["gpu"], given["devices"])
+    device = _device(given["gpu"], given["devices"], given["ray"])
     output = given["output"] or Path(f"{device.name}.yaml")
     check_output("--output", output)
     requests = _requests(given, problems, device)
@@ -136,13 +137,13 @@ def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:
         raise Refused(message) from error
 
 
-def _device(name: str | None, indices: str | None = None) -> Device:
-    """The GPU to tune for: the one named, else that of the first of `indices` (--devices), else the one at hand."""
+def _device(name: str | None, indices: str | None = None, ray: str | None = None) -> Device:
+    """The GPU to tune for: the one named, else the first of `indices` (--devices) or of the cluster, else that here."""
     from .autotune.devices import device_at_hand, device_table, find_device
 
     known = ", ".join(device_table())
-    if name is None and indices is not None:
-        name = cli_cards.named(indices)[0].name
+    if name is None and (indices or ray):
+        name = cli_cards.first(indices, ray)
     try:
         device = device_at_hand() if name is None else find_device(name)
     except LookupError as error:
@@ -163,7 +164,8 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     from .autotune import options
     from .autotune.progress import Request
 
-    jobs = _default_jobs() if given["jobs"] is None else given["jobs"]
+    cards, cores = cli_cards.to_use(device, given["devices"], given["ray"])
+    jobs = given["jobs"] if given["jobs"] is not None else cores or _default_jobs()
     try:
         effort = options.effort(given["effort"])
         budget_s = None if given["budget"] is None else options.seconds(given["budget"]) / len(problems)
@@ -176,10 +178,9 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     if given["strategy"] not in STRATEGIES:
         hint = options.suggestion(given["strategy"], STRATEGIES)
         raise Refused(f"--strategy must be one of {', '.join(STRATEGIES)}, got {given['strategy']!r}{hint}")
-    cards = cli_cards.to_use(device, given["devices"])
     same: dict[str, Any] = {
         "device": device, "tunables": _chosen_tunables(given, device.arch if cards else None), "at_hand": bool(cards),
-        "cards": cards, "retry_failed": given["retry_failed"],
+        "cards": cards, "ray": given["ray"], "retry_failed": given["retry_failed"],
         "cache_folder": given["cache_dir"] or user_cache_path("cca-attention"), "jobs": jobs,
         "most_compiled": candidates, "rounds": effort.rounds, "strategy": given["strategy"], "budget_s": budget_s,
         "seed": given["seed"],
@@ -219,18 +220,20 @@ def _run(
 
     given, words = given or {}, Console(stderr=True, quiet=quiet)
     results = words if as_json else Console()
-    if requests[0].at_hand and not given.get("allow_busy"):
+    here = requests[0].at_hand and requests[0].ray is None
+    if here and not given.get("allow_busy"):
         cli_cards.check_idle([card.index for card in requests[0].cards])
     try:
         found = _recommended(requests, given, words, results) if given.get("search_semantics") else None
         session = Session(requests if found is None else [found.request], output, words, quiet=quiet, found=found)
         settled = session.run()
+        besides = here and session.written and not given.get("no_peers")
+        beside = cli_peers.timed(session.runs, output, words) if besides else []
     except (JournalError, SessionError) as error:
         raise Refused(str(error)) from error
     except KeyboardInterrupt as error:
         message = "interrupted; what was finished is kept, the same command goes on from there"
         raise Refused(message, INTERRUPTED) from error
-    beside = [] if given.get("no_peers") or not session.written else cli_peers.timed(session.runs, output, words)
     if as_json:
         typer.echo(json.dumps({**session.summary(), "peers": beside}, indent=2))
     session.show(results)
@@ -258,6 +261,8 @@ def _recommended(requests: Sequence[Request], given: dict[str, Any], words: Cons
     from .autotune.semantics import EmptyError, Limits
     from .autotune.tensors_file import TensorsFileError
 
+    if requests[0].ray is not None:
+        raise Refused("--search-semantics does not run in a Ray cluster; leave --ray out")
     if len(requests) > 1:
         raise Refused(f"--search-semantics takes one --ctx, got {given['ctx']}")
     if given["prefer"] not in PREFERENCES:

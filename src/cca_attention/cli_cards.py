@@ -24,13 +24,41 @@ def named(indices: str) -> tuple[HostCard, ...]:
         raise Refused(str(error)) from error
 
 
-def to_use(device: Device, indices: str | None) -> tuple[HostCard, ...]:
-    """The cards of this machine to time on; none if `device` is not in it."""
+def cluster(address: str) -> tuple[tuple[HostCard, ...], int]:
+    """The GPUs and the number of CPUs of the Ray cluster that --ray names, joined by this."""
+    try:
+        from .autotune import ray_pool
+    except ModuleNotFoundError as error:
+        raise Refused('--ray needs Ray; install it with: pip install "cca-attention[ray]"') from error
+    try:
+        ray_pool.connect(address)
+    except ConnectionError as error:
+        raise Refused(f"--ray: {error}") from error
+    return ray_pool.cluster_cards(), ray_pool.cores()
+
+
+def first(indices: str | None, ray: str | None) -> str:
+    """The name of the first GPU of those that --devices names, or of the cluster that --ray names."""
+    if indices is not None:
+        return named(indices)[0].name
+    cards = cluster(ray or "")[0]
+    if not cards:
+        raise Refused(f"there is no GPU in the cluster at --ray {ray}; name the one to tune for with --gpu", NO_DEVICE)
+    return cards[0].name
+
+
+def to_use(device: Device, indices: str | None, ray: str | None) -> tuple[tuple[HostCard, ...], int | None]:
+    """The cards to time on, none if there is no `device` here or in the cluster; and the cluster's CPUs."""
     from .autotune.host import cards_for, cards_here
 
+    if ray is not None:
+        if indices is not None:
+            raise Refused(f"--devices {indices} are GPUs of this machine, and --ray {ray} uses those of a cluster")
+        cards, cores = cluster(ray)
+        return cards_for(device, cards, named=False), cores
     chosen = cards_here() if indices is None else named(indices)
     try:
-        return cards_for(device, chosen, named=indices is not None)
+        return cards_for(device, chosen, named=indices is not None), None
     except ValueError as error:
         raise Refused(f"--devices {indices}: {error}") from error
 
