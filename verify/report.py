@@ -121,7 +121,7 @@ def _budgets(results: Sequence[Result]) -> str:
         if shown:
             dtypes = list(dict.fromkeys(r.dtype for r in shown))
             title = f"<h3>{layer}: {escape(TITLES.get(layer, 'the profile'))}</h3>"
-            parts.append(f'{title}{legend(dtypes)}<div class="scroll">{budget_plot(shown)}</div>')
+            parts.append(f"{title}{legend(dtypes)}{budget_plot(shown)}")
     note = "<p>The largest error of a check over its bound. Everything left of the line is within it.</p>"
     return note + "".join(parts) if parts else ""
 
