@@ -56,7 +56,7 @@ class _Caller:
 class RayWorker:
     """A worker somewhere in the cluster, which runs its set-up as soon as there is room for it."""
 
-    def __init__(self, setup: Callable[..., None], args: tuple[Any, ...], cpus: float, gpus: float) -> None:
+    def __init__(self, setup: Callable[..., Any], args: tuple[Any, ...], cpus: float, gpus: float) -> None:
         # workers compile: if this process interprets its kernels, they must not
         options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": {"TRITON_INTERPRET": "0"}}}
         self._actor = ray.remote(_Caller).options(**options).remote(sys.path)
