@@ -5,8 +5,9 @@ Example: python benchmarks/bundled_profiles.py --output profiles/data/modelled
 Nothing is timed and nothing is searched. For each kernel and head layout the built-in config is compiled for the GPU's
 architecture; one that does not compile, or lacks shared memory or registers there, is left out and said. The cost model
 predicts its time at one length, and its entry stands for all lengths at which the kernel's built-in config is the same.
-The records say so: evidence "modelled", strategy "built-in", one config compiled, none measured, no verification.
-What is there already of the same kernels and the same Triton is kept. Needs no GPU.
+The records say so: evidence "modelled", or "default" for a kernel in Gluon, which there is no model of; strategy
+"built-in", one config compiled, none measured, no verification. What is there already of the same kernels and the same
+Triton is kept, so that it can be interrupted between two architectures. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cca_attention.autotune.devices import Device, find_device
 from cca_attention.autotune.options import model_shape
 from cca_attention.autotune.pool import Done, Job, Pool
 from cca_attention.autotune.predict import predict
+from cca_attention.autotune.traits import UNKNOWN
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.profiles.configs import source_hash, tunables
 from cca_attention.profiles.live import fp_fusion, minor_version
@@ -106,18 +108,21 @@ def entry_of(
     shortage = space.shortage(device, resources)
     if shortage is not None and shortage != "spills":
         return f"it lacks {shortage}"
-    launches = list(zip(sketch.launches, resources, strict=True))
-    prediction = predict(device, problem, config, tunable.work(problem, config), launches)
-    parts = {name: float(f"{value:.4g}") for name, value in prediction.parts.items()}
+    predicted = None
+    if UNKNOWN not in (launch.traits for launch in sketch.launches):
+        launches = list(zip(sketch.launches, resources, strict=True))
+        prediction = predict(device, problem, config, tunable.work(problem, config), launches)
+        parts = {name: float(f"{value:.4g}") for name, value in prediction.parts.items()}
+        predicted = Predicted(total_us=float(f"{prediction.total_us:.4g}"), parts=parts)
     return Entry(
         kernel=tunable.name,
         problem=problem,
         interval=interval,
         config=asdict(config),
-        evidence="modelled",
-        predicted=Predicted(total_us=float(f"{prediction.total_us:.4g}"), parts=parts),
+        evidence="modelled" if predicted else "default",
+        predicted=predicted,
         resources=tuple(KernelResources(**asdict(kernel)) for kernel in resources),
-        baseline=Baseline(config=asdict(config), time_us=float(f"{prediction.total_us:.4g}")),
+        baseline=Baseline(config=asdict(config), time_us=predicted.total_us if predicted else None),
     )
 
 
@@ -178,7 +183,7 @@ def main(
     for arch, devices in by_arch.items():
         missing = [
             tunable
-            for name, tunable in tunables().items()
+            for name, tunable in tunables(arch).items()
             if not all(name in {entry.kernel for entry in entries} for entries in devices.values())
         ]
         known = list(compiled(arch, missing, workers))
