@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
+from .enqueue import enqueue
 from .layout import Sequences, core_gradient_layout, core_gradients_in
 from .primitives import (
     LOG2_E,
@@ -269,7 +270,8 @@ def launch_backward_dcore(
     tokens, head_dim = q.shape[2:]
     batch, core_heads = k_core.shape[:2]
     tiles = tiles_to_launch(tokens, sequences.count, config.block_c * spec.group_size, sequences.is_packed)
-    backward_dcore_kernel[tiles, core_heads, batch](
+    enqueue(
+        backward_dcore_kernel, (tiles, core_heads, batch),
         q, k_core, v_core, dout, lse, delta, dk_core, dv_core, sequences.table,
         q.stride(), k_core.stride(), grad_strides, dout.stride(), lse.stride(),
         (sequences.count, tokens, q.shape[1] // core_heads),
@@ -315,7 +317,8 @@ def launch_backward_dkv(
     grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     batch, kv_heads, tokens, head_dim = k.shape
     tiles = tiles_to_launch(tokens, sequences.count, config.block_k, sequences.is_packed)
-    backward_dkv_kernel[tiles, kv_heads, batch](
+    enqueue(
+        backward_dkv_kernel, (tiles, kv_heads, batch),
         q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv, sequences.table,
         q.stride(), k.stride(), v.stride(), dout.stride(), lse.stride(), grad_strides, pool_lse.stride(),
         dk.stride(), dv.stride(),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
+from .enqueue import enqueue
 from .layout import Sequences
 from .primitives import (
     LOG2_E,
@@ -181,7 +182,8 @@ def launch_delta(out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) 
     batch, heads, tokens, head_dim = out.shape
     if 0 in out.shape:
         return
-    delta_kernel[triton.cdiv(tokens, DELTA_BLOCK_Q), heads, batch](
+    enqueue(
+        delta_kernel, (-(-tokens // DELTA_BLOCK_Q), heads, batch),
         out, dout, dlse, delta,
         out.stride(), dout.stride(), delta.stride() if dlse is None else dlse.stride(), delta.stride(),
         tokens,
@@ -220,7 +222,8 @@ def launch_backward_dq(
     if k_core.stride() != v_core.stride() or lse.stride() != delta.stride():
         raise ValueError("k_core and v_core, and lse and delta, must share their strides")
     tiles = tiles_to_launch(tokens, sequences.count, config.block_q, sequences.is_packed)
-    backward_dq_kernel[tiles, q_heads, batch](
+    enqueue(
+        backward_dq_kernel, (tiles, q_heads, batch),
         q, k, v, k_core, v_core, dout, lse, delta, dq, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), dout.stride(), lse.stride(), dq.stride(),
         (sequences.count, tokens, q_heads // k.shape[1], q_heads // k_core.shape[1]),

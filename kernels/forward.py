@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
+from .enqueue import enqueue
 from .layout import Sequences
 from .primitives import (
     LN_2,
@@ -168,7 +169,8 @@ def launch_forward(
         raise ValueError("k_core and v_core must share their strides")
     tiles = tiles_to_launch(tokens, sequences.count, config.block_q, sequences.is_packed)
     sizes = (sequences.count, tokens, q_heads // k.shape[1], q_heads // k_core.shape[1])
-    forward_kernel[tiles, q_heads, batch](
+    enqueue(
+        forward_kernel, (tiles, q_heads, batch),
         q, k, v, k_core, v_core, out, lse, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), out.stride(), lse.stride(),
         sizes,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..spec import CCASpec
+from .enqueue import enqueue
 from .layout import Sequences, core_gradient_layout, core_gradients_in
 from .primitives import (
     LN_2,
@@ -225,7 +226,8 @@ def launch_pooling(
         raise ValueError("k_core and v_core must share their strides")
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
-    pooling_kernel[pooling_grid(q, k_core, sequences, spec, config.block_c)](
+    enqueue(
+        pooling_kernel, pooling_grid(q, k_core, sequences, spec, config.block_c),
         q, k, v, k_core, v_core, pool_lse, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), pool_lse.stride(),
         (sequences.count, q.shape[2], core_heads // kv_heads, q.shape[1] // core_heads),
@@ -266,7 +268,8 @@ def launch_pooling_backward(
     grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
-    pooling_backward_kernel[pooling_grid(q, k_core, sequences, spec, config.block_c)](
+    enqueue(
+        pooling_backward_kernel, pooling_grid(q, k_core, sequences, spec, config.block_c),
         q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), grad_strides, pool_lse.stride(), dq.stride(),
         (sequences.count, q.shape[2], core_heads // kv_heads, q.shape[1] // core_heads, q.shape[3]),
