@@ -13,7 +13,7 @@ import typer
 
 from . import cli_cards, cli_peers, cli_runs
 from .problem import Problem
-from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, new_app, number, run_app
+from .terminal import INTERRUPTED, NO_DEVICE, OK, WRONG, Refused, check_output, choice, joined, new_app, number, run_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,8 +54,8 @@ app = new_app()
 @app.command(epilog=EPILOG)
 def tune(
     ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="Contexts: 8192, 8192,131072 or 4096..131072.")],
-    gpu: Annotated[str | None, typer.Option("--gpu", help="GPU to tune for; default: the one at hand.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model whose heads to take, or a config.json.")] = None,
+    gpu: Annotated[str | None, cli_cards.GPU] = None,
+    model: Annotated[str | None, cli_cards.MODEL] = None,
     phase: Annotated[str, typer.Option("--phase", help="Of prefill, train and decode, with commas.")] = "all",
     group_size: Annotated[int, number("--group-size", "Tokens of one core token.")] = 16,
     window_size: Annotated[int, number("--window-size", "Recent tokens that are seen raw.")] = 1024,
@@ -112,9 +112,11 @@ def tune_main(arguments: Sequence[str] | None = None) -> None:
     from . import cli_plan
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    first = given[0] if given else ""
-    others = [other.app for other in (cli_plan, cli_runs) if first in other.COMMANDS]
-    sys.exit(run_app(others[0] if others else app, "cca-tune", given))
+    others = (cli_plan, cli_runs)
+    asked = [other.app for other in others if given[:1] and given[0] in other.COMMANDS]
+    # a shell that completes gives no arguments
+    whole = joined(app, *(other.app for other in others)) if not given else app
+    sys.exit(run_app(asked[0] if asked else whole, "cca-tune", given))
 
 
 def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:

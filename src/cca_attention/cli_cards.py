@@ -1,15 +1,34 @@
-"""The GPUs of this machine as `cca-tune` gets them: those that --devices names, else all that are alike, and idle."""
+"""The GPUs of this machine as `cca-tune` gets them: those that --devices names, else all that are alike, and idle.
+
+And the options whose values are names of a table, for a shell to complete.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .terminal import NO_DEVICE, Refused
+from .terminal import NO_DEVICE, Refused, one_of
 
 if TYPE_CHECKING:
     from .autotune.devices import Device
     from .autotune.host import HostCard
+
+
+def _gpus() -> list[str]:
+    from .autotune.devices import device_table
+
+    return [name for device in device_table().values() for name in (device.name, *device.aliases)]
+
+
+def _models() -> list[str]:
+    from .autotune.options import model_table
+
+    return list(model_table())
+
+
+GPU = one_of("--gpu", "GPU to tune for; default: the one at hand.", _gpus)
+MODEL = one_of("--model", "Model whose heads to take, or a config.json.", _models)
 
 
 def named(indices: str) -> tuple[HostCard, ...]:

@@ -21,11 +21,13 @@ Nothing heavy is imported here, nor should it be at the top of a command's modul
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes; a command whose codes are others says its own for wrong usage to `run_app`."""
@@ -39,9 +41,34 @@ class Refused(Exception):
         self.code = code
 
 
-def new_app() -> typer.Typer:
-    """An app without shell completion and without decorated tracebacks."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+def new_app(**options: Any) -> typer.Typer:
+    """An app with shell completion and without decorated tracebacks."""
+    return typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+
+
+class _FirstByDefault(TyperGroup):
+    """A group that is its first command wherever none is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        first = next(iter(self.commands))
+        is_named = args[:1] and args[0] in self.commands
+        return super().parse_args(ctx, args if is_named or (ctx.resilient_parsing and not args) else [first, *args])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        name, first = next(iter(self.commands.items()))
+        with first.make_context(name, [], parent=ctx, resilient_parsing=True) as inner:
+            found = [*super().shell_complete(ctx, incomplete), *first.shell_complete(inner, incomplete)]
+        return list({item.value: item for item in found}.values())
+
+
+def joined(first: typer.Typer, *others: typer.Typer) -> typer.Typer:
+    """An app of all their commands that is the one of `first` where none is named: what a shell asks for its words."""
+    app = new_app(cls=_FirstByDefault)
+    for each in (first, *others):
+        for command in each.registered_commands:
+            app.registered_commands.append(copy(command))
+            app.registered_commands[-1].hidden |= each is first
+    return app
 
 
 def number(option: str, description: str) -> Any:
@@ -58,7 +85,19 @@ def _whole(text: str) -> int:
 
 def choice(option: str, description: str, *choices: str) -> Any:
     """An option whose help names the choices; the command checks the choice."""
-    return typer.Option(option, metavar="|".join(choices), help=description)
+    return typer.Option(option, metavar="|".join(choices), help=description, autocompletion=_beginning(lambda: choices))
+
+
+def one_of(option: str, description: str, names: Callable[[], Sequence[str]]) -> Any:
+    """An option that takes one of the names, which a shell can complete; the command checks it."""
+    return typer.Option(option, help=description, autocompletion=_beginning(names))
+
+
+def _beginning(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    def completed(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return completed
 
 
 def file(option: str, description: str) -> Any:
