@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.errors import Unsatisfiable
 
 from cca_attention.cache import CCACache
-from cca_attention.verify import runners
+from cca_attention.verify import cache_machine, runners
 from cca_attention.verify.cache_machine import machine, walk
 from cca_attention.verify.cache_model import REQUIRED, Tally
 from cca_attention.verify.layers import Extent, plan
@@ -59,6 +62,20 @@ def test_a_walk_that_fails_says_what_it_did(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.facts["steps"][0].startswith("create(spec=CCASpec(") and "reproduce_failure" in result.blob
 
 
+def test_a_walk_that_crashes_says_in_which_step(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(CCACache, "crop", lambda self, tokens: ctypes.string_at(0))
+    result = RUNNERS["walks"](FEW["L4/walks/eager"])
+    assert result.status == "fail" and result.message.startswith("killed by SIGSEGV in crop(")
+    assert result.facts["steps"][0].startswith("create(CCASpec(") and result.facts["steps"][-1] in result.message
+
+
+def test_what_no_cache_did_is_raised(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(cache_machine, "run_state_machine_as_test", mock.Mock(side_effect=Unsatisfiable("nothing")))
+    with pytest.raises(RuntimeError, match="an exception that is no cache's"):
+        walk("eager", examples=1, steps=1)
+    assert "Unsatisfiable: nothing" in capfd.readouterr().err
+
+
 def test_without_hypothesis_the_environment_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, f"{runners.__package__}.cache_machine", None)
     result = RUNNERS["walks"](FEW["L4/walks/eager"])
@@ -77,6 +94,7 @@ PLANTED = {
     name: (MUTANTS[name], "triton")
     for name in ("core_not_made_when_complete", "raw_token_given_up_early", "slot_of_the_neighbour")
 } | {
+    "stale_core_after_rollback": (MUTANTS["stale_core_after_rollback"], "triton"),
     "rollback_forgets_the_counter": (MUTANTS["rollback_forgets_the_counter"], "eager"),
     "ring_overwritten_early": (MUTANTS["ring_overwritten_early"], "eager"),
     "reorder_forgets": (REORDER_FORGETS, "eager"),
