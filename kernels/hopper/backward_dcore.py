@@ -72,15 +72,17 @@ def compute(
         offs_c = first_c + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
         first_query = first_query_of_core(offs_c, GROUP_SIZE, WINDOW_SIZE)
         last_query = gl.full([HALF], 0, gl.int32, layout=gl.SliceLayout(1, SCORES)) + (seq_len - 1)
+        blank = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
+        mbarrier.wait(bars[0].index(GROUP), turn & 1)
         dk, dv, count = gather(
-            turn, GROUP, q_per_core, tiles_smem, bars, first_query, last_query, tiles, count,
+            GROUP, q_per_core, blank, blank, tiles_smem, bars, first_query, last_query, tiles, count,
             SCALE * LOG2_E, BLOCK_Q, HEAD_DIM, NUM_STAGES, SCORES, GRADS,
         )  # fmt: skip
         mbarrier.arrive(bars[1].index(GROUP), count=1)
         rows = first_c + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
         base = batch.to(gl.int64) * grad_strides[0] + core_head.to(gl.int64) * grad_strides[1]
-        columns = columns // PART * (grad_strides[2] // GROUP_SIZE) + columns % PART
+        columns = columns // PART * grad_strides[3] + columns % PART
         offs = base + (rows.to(gl.int64) * grad_strides[2])[:, None] + columns[None, :]
         gl.store(dk_ptr + offs, dk * SCALE, mask=(rows < num_cores)[:, None])
         gl.store(dv_ptr + offs, dv, mask=(rows < num_cores)[:, None])
@@ -145,7 +147,7 @@ def launch_backward_dcore_hopper(
     backward_dcore_hopper_kernel[(min(multiprocessors(q.device), items),)](
         describe(q, config.block_q), describe(dout, config.block_q),
         describe(k_core, BLOCK_KEYS.value // 2), describe(v_core, BLOCK_KEYS.value // 2), lse, delta, dk_core, dv_core,
-        grad_strides[:3], (tokens, num_cores, core_heads, items, q.shape[1] // core_heads),
+        grad_strides, (tokens, num_cores, core_heads, items, q.shape[1] // core_heads),
         SCALE=spec.softmax_scale(head_dim),
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,

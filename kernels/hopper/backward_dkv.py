@@ -65,41 +65,49 @@ def mean_query(q_ptr, q_strides, batch, head, heads, rows, inside, columns):
 
 
 @gluon.jit
-def add_pooled(
-    dk, dv, k, v, pooled, batch, kv_head, sizes, offs_k,
+def pooled_gradient(
+    k, v, pooled, batch, kv_head, sizes, offs_k,
     GROUP_SIZE: gl.constexpr, SCALE: gl.constexpr, MEAN: gl.constexpr, HEAD_DIM: gl.constexpr, PART: gl.constexpr,
     GRADS: gl.constexpr,
 ):  # fmt: skip
-    """Add what the cores of their groups pass on to the tokens `offs_k` [K], as `pooled_gradient` does; k, v [K, D]."""
+    """What the cores of their groups pass on to the tokens `offs_k` [K], as the portable one: (dk, dv) [K, D].
+
+    The gradients of the cores are loaded twice, as they do not fit into the registers beside all else.
+    """
     q_ptr, q_strides, dk_core_ptr, dv_core_ptr, grad_strides, pool_lse_ptr, pool_delta_ptr = pooled
     _, num_cores, kv_heads, _, q_per_kv, q_per_core = sizes
     group = offs_k // GROUP_SIZE
     grouped = group < num_cores
     inside = grouped[:, None]
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
-    parts = columns // PART * (grad_strides[2] // GROUP_SIZE) + columns % PART
+    parts = columns // PART * grad_strides[3] + columns % PART
+    dk = gl.zeros([BLOCK_KEYS // 2, HEAD_DIM], gl.float32, layout=GRADS)
+    dv = gl.zeros([BLOCK_KEYS // 2, HEAD_DIM], gl.float32, layout=GRADS)
     cores_per_kv = q_per_kv // q_per_core
     for core in range(cores_per_kv):
         core_head = kv_head * cores_per_kv + core
         at = batch.to(gl.int64) * grad_strides[0] + core_head.to(gl.int64) * grad_strides[1]
         offs = at + (group.to(gl.int64) * grad_strides[2])[:, None] + parts[None, :]
-        dk_core = gl.load(dk_core_ptr + offs, mask=inside, other=0.0)
-        dv_core = gl.load(dv_core_ptr + offs, mask=inside, other=0.0)
         if MEAN:
-            dk += dk_core / GROUP_SIZE
-            dv += dv_core / GROUP_SIZE
+            dk += gl.load(dk_core_ptr + offs, mask=inside, other=0.0) / GROUP_SIZE
+            dv += gl.load(dv_core_ptr + offs, mask=inside, other=0.0) / GROUP_SIZE
         else:
             last = group * GROUP_SIZE + GROUP_SIZE - 1
             q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, inside, columns)
+            logits = gl.sum(k.load(GRADS).to(gl.float32) * q, axis=1) * SCALE
+            dk_core = gl.load(dk_core_ptr + offs, mask=inside, other=0.0)
+            da = gl.sum(dk_core * k.load(GRADS).to(gl.float32), axis=1)
+            dv_core = gl.load(dv_core_ptr + offs, mask=inside, other=0.0)
+            da += gl.sum(dv_core * v.load(GRADS).to(gl.float32), axis=1)
             stat = (batch * kv_heads * cores_per_kv + core_head).to(gl.int64) * num_cores + group
             pool_lse = gl.load(pool_lse_ptr + stat, mask=grouped, other=0.0)
             pool_delta = gl.load(pool_delta_ptr + stat, mask=grouped, other=0.0)
-            logits = gl.sum(k.load(GRADS).to(gl.float32) * q, axis=1) * SCALE
             weights = gl.where(grouped, gl.exp2((logits - pool_lse) * LOG2_E), 0.0)
-            da = gl.sum(dk_core * k.load(GRADS).to(gl.float32) + dv_core * v.load(GRADS).to(gl.float32), axis=1)
             ds = weights * (da - pool_delta) * SCALE
-            dk += weights[:, None] * dk_core + ds[:, None] * q
-            dv += weights[:, None] * dv_core
+            dk += weights[:, None] * gl.load(dk_core_ptr + offs, mask=inside, other=0.0, cache_modifier=".ca")
+            dv += weights[:, None] * gl.load(dv_core_ptr + offs, mask=inside, other=0.0, cache_modifier=".ca")
+            q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, inside, columns)
+            dk += ds[:, None] * q
     return dk, dv
 
 
@@ -122,21 +130,22 @@ def compute(
         first += GROUP * HALF
         first_query = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
         last_query = gl.minimum(last_query_of_token(first_query, GROUP_SIZE, WINDOW_SIZE), seq_len - 1)
-        dk, dv, count = gather(
-            turn, GROUP, q_per_kv, tiles_smem, bars, first_query, last_query, tiles, count,
-            SCALE * LOG2_E, BLOCK_Q, HEAD_DIM, NUM_STAGES, SCORES, GRADS,
-        )  # fmt: skip
         rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, GRADS))
-        dk, dv = add_pooled(
-            dk * SCALE, dv, k, v, pooled, batch, kv_head, sizes, rows,
-            GROUP_SIZE, SCALE, MEAN, HEAD_DIM, PART, GRADS,
+        mbarrier.wait(bars[0].index(GROUP), turn & 1)
+        # what comes through the pooling comes first, while the registers are not full of sums yet
+        dk, dv = pooled_gradient(
+            k, v, pooled, batch, kv_head, sizes, rows, GROUP_SIZE, SCALE, MEAN, HEAD_DIM, PART, GRADS
+        )
+        dk, dv, count = gather(
+            GROUP, q_per_kv, dk / SCALE, dv, tiles_smem, bars, first_query, last_query, tiles, count,
+            SCALE * LOG2_E, BLOCK_Q, HEAD_DIM, NUM_STAGES, SCORES, GRADS,
         )  # fmt: skip
         mbarrier.arrive(bars[1].index(GROUP), count=1)
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
         inside = (rows < seq_len)[:, None]
         at = batch.to(gl.int64) * dk_strides[0] + kv_head.to(gl.int64) * dk_strides[1]
         offs = rows.to(gl.int64)[:, None] * dk_strides[2] + columns[None, :]
-        gl.store(dk_ptr + at + offs, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+        gl.store(dk_ptr + at + offs, (dk * SCALE).to(dk_ptr.dtype.element_ty), mask=inside)
         at = batch.to(gl.int64) * dv_strides[0] + kv_head.to(gl.int64) * dv_strides[1]
         offs = rows.to(gl.int64)[:, None] * dv_strides[2] + columns[None, :]
         gl.store(dv_ptr + at + offs, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -210,7 +219,7 @@ def launch_backward_dkv_hopper(
     keys = [describe(x, BLOCK_KEYS.value // 2) for x in (k, v)]
     backward_dkv_hopper_kernel[(min(multiprocessors(q.device), items),)](
         *queries, *keys, lse, delta, q, dk_core, dv_core, pool_lse, pool_delta, dk, dv,
-        q.stride(), grad_strides[:3], dk.stride(), dv.stride(),
+        q.stride(), grad_strides, dk.stride(), dv.stride(),
         (tokens, num_cores, kv_heads, items, q_heads // kv_heads, q_heads // core_heads),
         SCALE=spec.softmax_scale(head_dim),
         GROUP_SIZE=spec.group_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,9 +21,10 @@ from ..backward_dq import allocate, work
 from ..primitives import LOG2_E
 from ..tunable import Tunable
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, slot, turns
+from .pipeline import describe, item_of, pack, settle, slot, turns, unpack
 from .queries import (
     BLOCK_Q,
+    BUFFERS,
     SPACE,
     KeyTilesConfig,
     allocate_keys,
@@ -32,6 +32,7 @@ from .queries import (
     feed,
     key_at,
     locate,
+    set_up,
     tiles_of,
     visible,
 )
@@ -58,12 +59,15 @@ def sweep(
 ):  # fmt: skip
     """Tiles first .. end - 1; `ds` are the slopes of the tile before, whose keys are still to be added to dq.
 
-    They are zero where there is none, which is at tile 0.
+    They are zero where there is none, which is at tile 0. The waits for keys that are known to be here end basic
+    blocks: the assembler would otherwise move the waits for products up, and leave the exponentials and the slopes
+    without a product to run beside.
     """
     k_smem, v_smem = keys_smem
     _, _, k_ready, k_free, v_ready, v_free = bars
     HALF: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]
+    DTYPE: gl.constexpr = k_smem.dtype
     for number in range(first, end):
         stage, parity = slot(count, NUM_STAGES)
         before = gl.where(number == 0, stage, (count - 1) % NUM_STAGES)
@@ -75,17 +79,20 @@ def sweep(
         scores = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(stage), parity)
         dprobs = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
-        dq = warpgroup_mma(ds, k_smem.index(before).reshape([BLOCK_K, HEAD_DIM]), dq, is_async=True)
+        keys_before = k_smem.index(before).reshape([BLOCK_K, HEAD_DIM])
+        dq = warpgroup_mma(unpack(ds, DTYPE, GRADS), keys_before, dq, is_async=True)
         scores = warpgroup_mma_wait(2, deps=[scores])
         probs = probabilities(
             scores, lse2, is_core, key, offs_q, SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, MASKED, SCORES
         )
+        mbarrier.wait(k_ready.index(stage), parity)
         dprobs = warpgroup_mma_wait(1, deps=[dprobs])
         mbarrier.arrive(v_free.index(stage), count=1)
-        wide = probs * (dprobs - delta[:, None])
+        ds = pack(probs * (dprobs - delta[:, None]), DTYPE)
+        mbarrier.wait(k_ready.index(stage), parity)
         dq = warpgroup_mma_wait(0, deps=[dq])
         mbarrier.arrive(k_free.index(before), count=1, pred=number != 0)
-        ds = gl.convert_layout(wide.to(k_smem.dtype), gl.DotOperandLayout(0, GRADS, 2))
+        ds = settle(ds)
         count += 1
     return ds, dq, count
 
@@ -103,8 +110,6 @@ def compute(
     HALF: gl.constexpr = BLOCK_Q // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    q = rows_smem[0].index(GROUP).reshape([HALF, HEAD_DIM])
-    dout = rows_smem[1].index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
     for turn in range(turns(items)):
         batch, head, first_q = locate(item_of(turn), sizes)
@@ -115,8 +120,16 @@ def compute(
         lse2 = gl.load(lse_ptr + stats, mask=offs_q < seq_len, other=0.0) * LOG2_E
         delta = gl.load(delta_ptr + stats, mask=offs_q < seq_len, other=0.0)
         dq = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
-        mbarrier.wait(rows_ready.index(GROUP), turn & 1)
-        ds = gl.zeros([HALF, BLOCK_K], k_smem.dtype, layout=gl.DotOperandLayout(0, GRADS, 2))
+        ds = pack(gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES), k_smem.dtype)
+        buffer, parity = slot(turn, BUFFERS)
+        place = 2 * buffer + GROUP
+        mbarrier.wait(rows_ready.index(place), parity)
+        q_rows = rows_smem[0].index(place).reshape([HALF, HEAD_DIM])
+        q = q_rows.load(gl.DotOperandLayout(0, SCORES, 2))
+        dout = rows_smem[1].index(place).reshape([HALF, HEAD_DIM])
+        # the gradient of the tile before has left by now
+        tma.store_wait(0)
+        mbarrier.arrive(rows_free.index((place + 2) % (2 * BUFFERS)), count=1, pred=turn > 0)
         for full in gl.static_range(2):
             first, end = (0, edges) if full == 0 else (edges, total)
             ds, dq, count = sweep(
@@ -124,7 +137,8 @@ def compute(
                 SCALE * LOG2_E, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, GRADS,
             )  # fmt: skip
         last = (count - 1) % NUM_STAGES
-        dq = warpgroup_mma(ds, k_smem.index(last).reshape([BLOCK_K, HEAD_DIM]), dq, is_async=True)
+        keys = k_smem.index(last).reshape([BLOCK_K, HEAD_DIM])
+        dq = warpgroup_mma(unpack(ds, k_smem.dtype, GRADS), keys, dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq]) * SCALE
         mbarrier.arrive(k_free.index(last), count=1)
         if not MEAN:
@@ -135,11 +149,10 @@ def compute(
             offs = rows.to(gl.int64)[:, None] * dq_strides[2] + columns[None, :]
             dq += gl.load(pooled + offs, mask=scored[:, None], other=0.0).to(gl.float32)
         # the queries are done with: their gradient leaves through their memory, and is cut off at the sequence's end
-        q.store(dq.to(k_smem.dtype))
+        q_rows.store(dq.to(k_smem.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [batch, head, first_q, 0], rows_smem[0].index(GROUP))
-        tma.store_wait(0)
-        mbarrier.arrive(rows_free.index(GROUP), count=1)
+        tma.async_copy_shared_to_global(dq_desc, [batch, head, first_q, 0], rows_smem[0].index(place))
+    tma.store_wait(0)
 
 
 # fmt: off
@@ -177,7 +190,7 @@ class BackwardDqHopperConfig(KeyTilesConfig):
 
 def default_config(problem: Problem, arch: str) -> BackwardDqHopperConfig:
     """A config that runs every `problem` of these kernels."""
-    return BackwardDqHopperConfig(block_k=64, num_stages=4)
+    return BackwardDqHopperConfig(block_k=64, num_stages=3)
 
 
 def launch_backward_dq_hopper(
@@ -199,23 +212,11 @@ def launch_backward_dq_hopper(
     lse, delta (B, Hq, T) are float32 and contiguous. Keys and values after a query, up to the end of a tile, are
     multiplied by zero: unlike in the portable kernel, a NaN there reaches back further than its own tile of queries.
     """
-    batch, q_heads, tokens, head_dim = q.shape
-    items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
-    keys = [describe(x, config.block_k) for x in (k, v, k_core, v_core)]
+    grid, keys, sizes, constants = set_up(q, (k, v, k_core, v_core), spec, config)
     rows = [describe(x, BLOCK_Q.value // 2) for x in (q, dout, dq)]
-    backward_dq_hopper_kernel[(min(multiprocessors(q.device), items),)](
-        *rows[:2], *keys, rows[2], lse, delta, dq, dq.stride(),
-        (tokens, q_heads, items, q_heads // k.shape[1], q_heads // k_core.shape[1]),
-        SCALE=spec.softmax_scale(head_dim),
-        GROUP_SIZE=spec.group_size,
-        WINDOW_SIZE=spec.window_size,
-        MEAN=spec.pooling == "mean",
-        HEAD_DIM=head_dim,
-        BLOCK_K=config.block_k,
-        NUM_STAGES=config.num_stages,
-        FEEDER=FEEDER_REGISTERS,
-        COMPUTE=COMPUTE_REGISTERS,
-        num_warps=config.num_warps,
+    backward_dq_hopper_kernel[grid](
+        *rows[:2], *keys, rows[2], lse, delta, dq, dq.stride(), sizes,
+        SCALE=spec.softmax_scale(q.shape[3]), MEAN=spec.pooling == "mean", **constants,
     )  # fmt: skip
 
 

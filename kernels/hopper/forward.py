@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,9 +21,10 @@ from ..forward import allocate, work
 from ..primitives import LN_2, scale_log2
 from ..tunable import Tunable
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, slot, turns
+from .pipeline import describe, item_of, pack, settle, slot, turns, unpack
 from .queries import (
     BLOCK_Q,
+    BUFFERS,
     SPACE,
     KeyTilesConfig,
     allocate_keys,
@@ -32,6 +32,7 @@ from .queries import (
     feed,
     key_at,
     locate,
+    set_up,
     tiles_of,
     visible,
 )
@@ -63,32 +64,38 @@ def sweep(
     SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
     NUM_STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """Tiles first .. end - 1; `probs` are those of the tile before, whose values are still to be added."""
+    """Tiles first .. end - 1; `probs` are those of the tile before, whose values are here, and still to be added.
+
+    The wait for the next values ends a basic block: the assembler would otherwise move the wait for the product with
+    the ones before up, and leave the exponentials without a product to run beside.
+    """
     k_smem, v_smem = keys_smem
     _, _, k_ready, k_free, v_ready, v_free = bars
     HALF: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]
+    DTYPE: gl.constexpr = v_smem.dtype
     for number in range(first, end):
         stage, parity = slot(count, NUM_STAGES)
-        before, parity_before = slot(count - 1, NUM_STAGES)
+        before = (count - 1) % NUM_STAGES
         is_core, key = key_at(number, tiles, BLOCK_K)
         k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
         v = v_smem.index(before).reshape([BLOCK_K, HEAD_DIM])
         scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
         mbarrier.wait(k_ready.index(stage), parity)
         scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(before), parity_before)
-        acc = warpgroup_mma(probs, v, acc, is_async=True)
+        acc = warpgroup_mma(unpack(probs, DTYPE, OUT), v, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
         wide, row_max, row_sum, rescale = softmax_step(
             scores, is_core, key, offs_q, row_max, row_sum,
             SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, MASKED, SCORES,
         )  # fmt: skip
+        probs = pack(wide, DTYPE)
+        mbarrier.wait(v_ready.index(stage), parity)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(before), count=1)
+        probs = settle(probs)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-        probs = gl.convert_layout(wide.to(v_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         count += 1
     return probs, acc, row_max, row_sum, count
 
@@ -107,12 +114,14 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    q = q_smem.index(GROUP).reshape([HALF, HEAD_DIM])
     count = 0
     for turn in range(turns(items)):
         batch, head, first_q = locate(item_of(turn), sizes)
         tiles, edges, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
         first_q += GROUP * HALF
+        buffer, q_parity = slot(turn, BUFFERS)
+        place = 2 * buffer + GROUP
+        q = q_smem.index(place).reshape([HALF, HEAD_DIM])
         offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
         row_max = gl.full([HALF], -float("inf"), gl.float32, layout=ROWS)
         row_sum = gl.zeros([HALF], gl.float32, layout=ROWS)
@@ -122,7 +131,7 @@ def compute(
         is_core, key = key_at(0, tiles, BLOCK_K)
         k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
         scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
-        mbarrier.wait(q_ready.index(GROUP), turn & 1)
+        mbarrier.wait(q_ready.index(place), q_parity)
         mbarrier.wait(k_ready.index(stage), parity)
         scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
@@ -131,27 +140,32 @@ def compute(
             scores, is_core, key, offs_q, row_max, row_sum,
             SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, True, SCORES,
         )  # fmt: skip
-        probs = gl.convert_layout(wide.to(v_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
+        probs = pack(wide, v_smem.dtype)
+        mbarrier.wait(v_ready.index(stage), parity)
         count += 1
+        # the output of the tile before has left by now
+        tma.store_wait(0)
+        mbarrier.arrive(q_free.index((place + 2) % (2 * BUFFERS)), count=1, pred=turn > 0)
+        rows = q.load(gl.DotOperandLayout(0, SCORES, 2))
         for full in gl.static_range(2):
             first, end = (1, edges) if full == 0 else (edges, total)
             probs, acc, row_max, row_sum, count = sweep(
-                q, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
+                rows, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
                 SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, OUT,
             )  # fmt: skip
-        stage, parity = slot(count - 1, NUM_STAGES)
-        mbarrier.wait(v_ready.index(stage), parity)
-        acc = warpgroup_mma(probs, v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM]), acc, is_async=True)
+        stage = (count - 1) % NUM_STAGES
+        v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+        acc = warpgroup_mma(unpack(probs, v_smem.dtype, OUT), v, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(stage), count=1)
         # the queries are done with: the output leaves through their memory, and is cut off at the sequence's end
-        q.store((acc / gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))[:, None]).to(v_smem.dtype))
+        share = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))
+        q.store((acc * share[:, None]).to(v_smem.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, first_q, 0], q_smem.index(GROUP))
+        tma.async_copy_shared_to_global(out_desc, [batch, head, first_q, 0], q_smem.index(place))
         lse_at = lse_ptr + (batch * heads + head).to(gl.int64) * seq_len
         gl.store(lse_at + offs_q, (row_max + gl.log2(row_sum)) * LN_2, mask=offs_q < seq_len)
-        tma.store_wait(0)
-        mbarrier.arrive(q_free.index(GROUP), count=1)
+    tma.store_wait(0)
 
 
 # fmt: off
@@ -207,22 +221,11 @@ def launch_forward_hopper(
     `lse` is contiguous. Rows of `v` and `v_core` after a query, up to the end of a tile, are multiplied by zero: unlike
     in the portable kernel, a NaN there reaches back further than its own tile of queries.
     """
-    batch, q_heads, tokens, head_dim = q.shape
-    items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
-    sizes = (tokens, q_heads, items, q_heads // k.shape[1], q_heads // k_core.shape[1])
-    keys = [describe(x, config.block_k) for x in (k, v, k_core, v_core)]
-    forward_hopper_kernel[(min(multiprocessors(q.device), items),)](
-        describe(q, BLOCK_Q.value // 2), *keys, describe(out, BLOCK_Q.value // 2), lse, sizes,
-        SCALE_LOG2=scale_log2(spec, head_dim),
-        GROUP_SIZE=spec.group_size,
-        WINDOW_SIZE=spec.window_size,
-        HEAD_DIM=head_dim,
-        BLOCK_K=config.block_k,
-        NUM_STAGES=config.num_stages,
-        FEEDER=FEEDER_REGISTERS,
-        COMPUTE=COMPUTE_REGISTERS,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    grid, keys, sizes, constants = set_up(q, (k, v, k_core, v_core), spec, config)
+    rows = [describe(x, BLOCK_Q.value // 2) for x in (q, out)]
+    forward_hopper_kernel[grid](
+        rows[0], *keys, rows[1], lse, sizes, SCALE_LOG2=scale_log2(spec, q.shape[3]), **constants
+    )
 
 
 def launch(problem: Problem, tensors: dict[str, Tensor], config: ForwardHopperConfig) -> None:

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from ..primitives import LOG2_E
 from .limits import HopperConfig
-from .pipeline import barriers, slot
+from .pipeline import barriers, pack, slot, unpack
 
 BLOCK_KEYS = gl.constexpr(128)
 """Keys of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
@@ -128,7 +128,8 @@ def sweep(
         # keys by queries, so that the probabilities are a product's first operand as they come
         mbarrier.wait(q_ready.index(stage), parity)
         scores = warpgroup_mma(k, q.permute((1, 0)), blank, use_acc=False, is_async=True)
-        dk = warpgroup_mma(ds, q_smem.index(before).reshape([BLOCK_Q, HEAD_DIM]), dk, is_async=True)
+        q_before = q_smem.index(before).reshape([BLOCK_Q, HEAD_DIM])
+        dk = warpgroup_mma(unpack(ds, q_smem.dtype, GRADS), q_before, dk, is_async=True)
         lse2 = lse_smem.index(stage).load(QUERIES)
         scores, dk = warpgroup_mma_wait(0, deps=[scores, dk])
         mbarrier.arrive(q_free.index(before), count=1, pred=count != begun)
@@ -143,7 +144,7 @@ def sweep(
         dv = warpgroup_mma(gl.convert_layout(probs.to(q_smem.dtype), PROBS), dout, dv, is_async=True)
         delta = delta_smem.index(stage).load(QUERIES)
         dprobs = warpgroup_mma_wait(1, deps=[dprobs])
-        ds = gl.convert_layout((probs * (dprobs - delta[None, :])).to(q_smem.dtype), PROBS)
+        ds = pack(probs * (dprobs - delta[None, :]), q_smem.dtype)
         dv = warpgroup_mma_wait(0, deps=[dv])
         mbarrier.arrive(dout_free.index(stage), count=1)
         count += 1
@@ -152,20 +153,17 @@ def sweep(
 
 @gluon.jit
 def gather(
-    turn, GROUP: gl.constexpr, heads, tiles_smem, bars, first_query, last_query, tiles, begun,
+    GROUP: gl.constexpr, heads, dk, dv, tiles_smem, bars, first_query, last_query, tiles, begun,
     SCALE_LOG2: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
     SCORES: gl.constexpr, GRADS: gl.constexpr,
 ):  # fmt: skip
-    """dk (without the scale) and dv [K, D] of one half of a tile of keys, from the queries of `heads` heads."""
+    """Add to dk (without the scale) and dv [K, D] of half a tile of keys what the queries of `heads` heads give."""
     q_smem = tiles_smem[0]
     HALF: gl.constexpr = BLOCK_KEYS // 2
     k = tiles_smem[4].index(GROUP).reshape([HALF, HEAD_DIM])
     v = tiles_smem[5].index(GROUP).reshape([HALF, HEAD_DIM])
-    dk = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
-    dv = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=GRADS)
-    ds = gl.zeros([HALF, BLOCK_Q], q_smem.dtype, layout=gl.DotOperandLayout(0, GRADS, 2))
+    ds = pack(gl.zeros([HALF, BLOCK_Q], gl.float32, layout=SCORES), q_smem.dtype)
     count = begun
-    mbarrier.wait(bars[0].index(GROUP), turn & 1)
     for _ in range(heads):
         for full in gl.static_range(2):
             ds, dk, dv, count = sweep(
@@ -174,7 +172,8 @@ def gather(
             )  # fmt: skip
     if count != begun:
         last = (count - 1) % NUM_STAGES
-        dk = warpgroup_mma(ds, q_smem.index(last).reshape([BLOCK_Q, HEAD_DIM]), dk, is_async=True)
+        q = q_smem.index(last).reshape([BLOCK_Q, HEAD_DIM])
+        dk = warpgroup_mma(unpack(ds, q_smem.dtype, GRADS), q, dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=[dk])
         mbarrier.arrive(bars[3].index(last), count=1)
     return dk, dv, count

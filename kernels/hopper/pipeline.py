@@ -55,3 +55,27 @@ def item_of(turn):
     """The item of a turn: the programs take one each, in alternating order, so that falling sizes add up evenly."""
     place = gl.program_id(0)
     return turn * gl.num_programs(0) + gl.where(turn % 2 == 1, gl.num_programs(0) - 1 - place, place)
+
+
+@gluon.jit
+def pack(wide, DTYPE: gl.constexpr):
+    """`wide` [M, K] float32 as pairs of DTYPE in words [M, K / 2]: pairs that a loop carries cost no instruction."""
+    even, odd = gl.split(wide.reshape([wide.shape[0], wide.shape[1] // 2, 2]))
+    NAME: gl.constexpr = "bf16" if gl.bfloat16 == DTYPE else "f16"
+    ASM: gl.constexpr = "cvt.rn." + NAME + "x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def settle(packed):
+    """A copy of `packed`, made when no product reads what was packed before: else the assembler waits for each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [packed], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def unpack(packed, DTYPE: gl.constexpr, SUMS: gl.constexpr):
+    """What `pack` packed as the first operand of a product whose sums have the layout SUMS."""
+    low = packed.to(gl.int16).to(DTYPE, bitcast=True)
+    high = (packed >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    whole = gl.join(low, high).reshape([packed.shape[0], packed.shape[1] * 2])
+    return gl.convert_layout(whole, gl.DotOperandLayout(0, SUMS, 2))

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...spec import CCASpec
 from ..primitives import key_of_tile, key_tiles, visibility
 from .limits import HopperConfig
-from .pipeline import barriers, item_of, slot, turns
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, barriers, describe, item_of, multiprocessors, slot, turns
 
 BLOCK_Q = gl.constexpr(128)
 """Queries of a tile: 64, the rows of one matrix instruction, for each of the two computing groups of warps."""
+
+BUFFERS = gl.constexpr(2)
+"""Tiles of queries in shared memory: the next one arrives, and the one before leaves, while one is computed."""
 
 SPACE = {"block_k": (64, 128), "num_warps": (4,), "num_stages": (2, 3, 4)}
 
@@ -23,6 +30,27 @@ class KeyTilesConfig(HopperConfig):
     """Launch choices of a kernel that sweeps over keys: those of a tile; `num_stages` such tiles in flight."""
 
     block_k: int = 128
+
+
+def set_up(
+    q: Tensor, keys: tuple[Tensor, Tensor, Tensor, Tensor], spec: CCASpec, config: KeyTilesConfig
+) -> tuple[tuple[int], list[TensorDescriptor], tuple[int, ...], dict[str, int]]:
+    """(grid, descriptors of k, v, k_core and v_core, sizes, constants) of a launch over the queries `q`."""
+    batch, q_heads, tokens, head_dim = q.shape
+    items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
+    sizes = (tokens, q_heads, items, q_heads // keys[0].shape[1], q_heads // keys[2].shape[1])
+    constants = {
+        "GROUP_SIZE": spec.group_size,
+        "WINDOW_SIZE": spec.window_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": config.block_k,
+        "NUM_STAGES": config.num_stages,
+        "FEEDER": FEEDER_REGISTERS,
+        "COMPUTE": COMPUTE_REGISTERS,
+        "num_warps": config.num_warps,
+    }
+    descriptors = [describe(x, config.block_k) for x in keys]
+    return (min(multiprocessors(q.device), items),), descriptors, sizes, constants
 
 
 @gluon.jit
@@ -56,8 +84,8 @@ def key_at(number, tiles, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def allocate_rows(desc, HEAD_DIM: gl.constexpr):
-    """Shared memory for a tile's rows of one tensor, in halves."""
-    return gl.allocate_shared_memory(desc.dtype, [2, 1, 1, BLOCK_Q // 2, HEAD_DIM], desc.layout)
+    """Shared memory for BUFFERS tiles' rows of one tensor, in halves."""
+    return gl.allocate_shared_memory(desc.dtype, [2 * BUFFERS, 1, 1, BLOCK_Q // 2, HEAD_DIM], desc.layout)
 
 
 @gluon.jit
@@ -67,7 +95,7 @@ def allocate_keys(k_desc, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STA
     v = gl.allocate_shared_memory(k_desc.dtype, [NUM_STAGES, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
     k_ready, k_free = barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2)
     v_ready, v_free = barriers(NUM_STAGES, 1), barriers(NUM_STAGES, 2)
-    return (k, v), (barriers(2, 1), barriers(2, 1), k_ready, k_free, v_ready, v_free)
+    return (k, v), (barriers(2 * BUFFERS, 1), barriers(2 * BUFFERS, 1), k_ready, k_free, v_ready, v_free)
 
 
 @gluon.jit
@@ -86,13 +114,15 @@ def feed(
     for turn in range(turns(items)):
         batch, head, first_q = locate(item_of(turn), sizes)
         tiles, _, total = tiles_of(first_q, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_K)
+        buffer, parity = slot(turn, BUFFERS)
         for half in gl.static_range(2):
-            ready = rows_ready.index(half)
+            place = 2 * buffer + half
+            ready = rows_ready.index(place)
             row = [batch, head, first_q + half * HALF, 0]
-            mbarrier.wait(rows_free.index(half), (turn & 1) ^ 1)
+            mbarrier.wait(rows_free.index(place), parity ^ 1)
             mbarrier.expect(ready, len(row_descs) * HALF * HEAD_DIM * 2)
             for i in gl.static_range(len(row_descs)):
-                tma.async_copy_global_to_shared(row_descs[i], row, ready, rows_smem[i].index(half))
+                tma.async_copy_global_to_shared(row_descs[i], row, ready, rows_smem[i].index(place))
         for number in range(total):
             stage, parity = slot(count, NUM_STAGES)
             is_core, key = key_at(number, tiles, BLOCK_K)
