@@ -80,8 +80,9 @@ def test_every_layer_computes_what_the_oracle_does(recorder: Recorder, core_head
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_window_over_everything_is_full_attention() -> None:
-    model = build("Qwen3")
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3", "OPT"])
+def test_a_window_over_everything_is_full_attention(family: str) -> None:
+    model = build(family, **({"word_embed_proj_dim": 64} if family == "OPT" else {}))
     full = logits(model)
     enable(model, G, 29)
     torch.testing.assert_close(logits(model), full, rtol=1e-4, atol=1e-4)
@@ -216,6 +217,7 @@ def test_models_made_after_replace_attn_forward_have_it() -> None:
         ("Llama", {}, {"profile": "no such GPU"}, "no such GPU"),
         ("Llama", {}, {"layers": [3]}, r"layers must be .* got \[3\]"),
         ("Llama", {}, {"layers": "none"}, "layers must be one of 'full', 'all'"),
+        ("Llama", {}, {"layers": 1}, "layers must be one of 'full', 'all', got 1"),
         ("Llama", {"head_dim": 8}, {}, "head_dim"),
         ("Bloom", {"n_head": 4}, {}, "ALiBi"),
         ("Falcon", {"alibi": True, "head_dim": ...}, {}, "alibi must be off"),
@@ -241,6 +243,8 @@ def test_an_encoder_is_refused() -> None:
         enable(transformers.T5ForConditionalGeneration(config))
     with pytest.raises(TypeError, match=r"model must be a transformers\.PreTrainedModel, got Linear"):
         enable(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="profile must be a name, a path or None, as it is saved, got int"):
+        enable(build(), profile=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,7 @@ def attention_function(
             raise ValueError(refusal)
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
         raise ValueError("is_causal must be true: CCA attention sees only the past; use another attn_implementation")
-    spec = settings.spec(options.get("scaling"))
-    layer = getattr(key, "cca_layer", None)
+    spec, layer = settings.spec(options.get("scaling")), getattr(key, "cca_layer", None)
     if torch.is_autocast_enabled(query.device.type):  # the rotation left q and k in float32
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     if layer is None:

@@ -93,8 +93,7 @@ class _StaticLayer(_Layer):
         self.storage: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, kv_heads, _, head_dim = key_states.shape
-        shape = batch, self.q_heads, kv_heads, head_dim
+        shape = key_states.shape[0], self.q_heads, key_states.shape[1], key_states.shape[3]
         self.storage = cache_op.new_storage(self.settings.spec(), shape, key_states, self.max_cache_len)
         self.length = self.length.to(key_states.device)
         if not torch.compiler.is_compiling():

@@ -28,8 +28,7 @@ def enable(
 ) -> None:
     """Let `model` attend with CCA: its forward, training, `generate()` and the cache that it makes.
 
-    None of the model's code and no weight is changed. The settings are saved with the model's config; `load` restores
-    them, `disable` takes them back.
+    No code and no weight is changed. The settings are saved in the config: `load` restores, `disable` removes them.
 
     Args:
         model: a decoder of transformers 5 that calls its attention interface: Llama, Qwen2, Qwen3, Mistral, Gemma, ...
@@ -42,6 +41,8 @@ def enable(
     A TypeError or ValueError names the argument or the model's setting that CCA cannot follow, and what to do.
     """
     decoder = _decoder(model)
+    if not isinstance(profile, (str, type(None))):
+        raise TypeError(f"profile must be a name, a path or None, as it is saved, got {type(profile).__name__}")
     disable(decoder)
     marks = ("layer_idx", "head_dim", "is_causal")  # of an attention module
     modules = {x.layer_idx: x for x in decoder.modules() if all(hasattr(x, mark) for mark in marks)}
@@ -112,10 +113,10 @@ def prepare(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         return args, {**kwargs, "past_key_values": _with_cca_layers(cache, decoder.config)}
     caches = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if kwargs.get("attention_mask") is None:
-        if positions is None:  # says so, since under torch.compile transformers takes all for packed
+        if positions is None and torch.compiler.is_compiling():  # transformers would take all for packed
             given = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
             kwargs = {**kwargs, "attention_mask": Mask(shape=(given.shape[1],))}
-        elif caches and not torch.compiler.is_compiling():
+        elif positions is not None and caches and not torch.compiler.is_compiling():
             caches = bool((positions.diff(dim=-1) == 1).all())  # packed documents have no cache
     if caches and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return args, {**kwargs, "past_key_values": CCADynamicCache(decoder.config)}
@@ -169,12 +170,13 @@ def _check_layer(place: str, module: nn.Module, config: Any) -> None:
         raise ValueError(f"{place} attn_logit_softcapping is not supported: leave it out, or set it to None")
     if getattr(module, "sinks", None) is not None:
         raise ValueError(f"{place} attention sinks are not supported: leave it out")
-    check_heads(config.num_attention_heads, config.num_key_value_heads, module.head_dim)  # type: ignore[arg-type]
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    check_heads(config.num_attention_heads, kv_heads, module.head_dim)  # type: ignore[arg-type]
 
 
 def _chosen(layers: Layers, present: list[int], config: Any) -> list[int]:
     """The numbers of the layers that shall be CCA."""
-    if isinstance(layers, str):
+    if isinstance(layers, str) or not hasattr(layers, "__iter__"):
         check_choice("layers", layers, ("full", "all"))
     chosen = present if isinstance(layers, str) else sorted(set(layers))
     if layers == "full":
