@@ -109,8 +109,7 @@ def backward_dcore_kernel(
     q_strides, core_strides, grad_strides, dout_strides, lse_strides,
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SCALE: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     # fmt: on
     """dk and dv of BLOCK_C core tokens of one core head, over all later queries of its query heads."""
@@ -141,7 +140,7 @@ def backward_dcore_kernel(
         SCALE * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
     grad_offs = core_gradient_offsets(
-        batch, core_head, q_base, offs_c, tl.arange(0, BLOCK_D), grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+        batch, core_head, q_base, offs_c, tl.arange(0, BLOCK_D), grad_strides, PART, GROUP_SIZE, LAYOUT
     )
     store_rows(dk_core_ptr + grad_offs, dk * SCALE, mask_c, HEAD_DIM, BLOCK_D)
     store_rows(dv_core_ptr + grad_offs, dv, mask_c, HEAD_DIM, BLOCK_D)
@@ -152,16 +151,16 @@ def backward_dcore_kernel(
 def backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr,
     dk_ptr, dv_ptr, table_ptr,
-    q_strides, k_strides, v_strides, dout_strides, lse_strides, grad_strides, stat_strides, dk_strides, dv_strides,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, grad_strides, dk_strides, dv_strides,
     sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
-    SCALE: tl.constexpr, MEAN: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
-    CORES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SCALE: tl.constexpr, MEAN: tl.constexpr, LAYOUT: tl.constexpr, PART: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     # fmt: on
     """dk and dv of BLOCK_K raw tokens of one key/value head: as raw keys, and as members of their groups."""
     kv_head, batch = tl.program_id(1), tl.program_id(2)
-    num_seqs, seq_len, q_per_kv, q_per_core = sizes
+    num_seqs, seq_len, q_per_kv, q_per_core, num_cores = sizes
     q_base, k_base, _, length, tile = locate(tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_K, LAYOUT)
     first_k = tile * BLOCK_K
     if first_k >= length:
@@ -182,12 +181,12 @@ def backward_dkv_kernel(
         SCALE * LOG2_E, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
     dk *= SCALE
-    if CORES:
+    if num_cores > 0:
         grouped = offs_k < length // GROUP_SIZE * GROUP_SIZE
         dk_pooled, dv_pooled = pooled_gradient(
-            k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, stat_strides,
+            k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, num_cores,
             batch, kv_head, q_per_kv // q_per_core, q_per_core, q_base, offs_k, grouped,
-            HEAD_DIM, BLOCK_D, GROUP_SIZE, SCALE, MEAN, LAYOUT, PART, IN_DQ,
+            HEAD_DIM, BLOCK_D, GROUP_SIZE, SCALE, MEAN, LAYOUT, PART,
         )  # fmt: skip
         dk += dk_pooled
         dv += dv_pooled
@@ -266,7 +265,7 @@ def launch_backward_dcore(
         return
     if k_core.stride() != v_core.stride():
         raise ValueError("k_core and v_core must share their strides")
-    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
+    grad_strides, part = core_gradient_layout(dk_core, dv_core)
     tokens, head_dim = q.shape[2:]
     batch, core_heads = k_core.shape[:2]
     tiles = tiles_to_launch(tokens, sequences.count, config.block_c * spec.group_size, sequences.is_packed)
@@ -281,7 +280,7 @@ def launch_backward_dcore(
         WINDOW_SIZE=spec.window_size,
         SCALE=spec.softmax_scale(head_dim),
         LAYOUT=sequences.layout,
-        **grad_layout,
+        PART=part,
         **config.launch_args(),
     )  # fmt: skip
 
@@ -307,22 +306,21 @@ def launch_backward_dkv(
     """Fill dk and dv (B, Hkv, T, D) for every real token.
 
     q, dout: (B, Hq, T, D); k, v: (B, Hkv, T, D); lse, delta: (B, Hq, T); dk_core, dv_core: (B, Hc, C, D), or as
-    `core_gradients_in` lays them, and pool_lse, pool_delta: (B, Hc, C), all in lse's dtype; pool_delta is not read when
-    pooling is "mean". Without a core (C = 0) the tokens get what they get as raw keys.
+    `core_gradients_in` lays them, and pool_lse, pool_delta: (B, Hc, C), contiguous, all in lse's dtype; pool_delta is
+    not read when pooling is "mean". Without a core (C = 0) the tokens get what they get as raw keys.
     """
     if 0 in k.shape:
         return
-    if pool_lse.stride() != pool_delta.stride():
-        raise ValueError("pool_lse and pool_delta must share their strides")
-    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
+    if not (pool_lse.is_contiguous() and pool_delta.is_contiguous()):
+        raise ValueError("pool_lse and pool_delta must be contiguous")
+    grad_strides, part = core_gradient_layout(dk_core, dv_core)
     batch, kv_heads, tokens, head_dim = k.shape
     tiles = tiles_to_launch(tokens, sequences.count, config.block_k, sequences.is_packed)
     enqueue(
         backward_dkv_kernel, (tiles, kv_heads, batch),
         q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv, sequences.table,
-        q.stride(), k.stride(), v.stride(), dout.stride(), lse.stride(), grad_strides, pool_lse.stride(),
-        dk.stride(), dv.stride(),
-        (sequences.count, tokens, q.shape[1] // kv_heads, q.shape[1] // dk_core.shape[1]),
+        q.stride(), k.stride(), v.stride(), dout.stride(), lse.stride(), grad_strides, dk.stride(), dv.stride(),
+        (sequences.count, tokens, q.shape[1] // kv_heads, q.shape[1] // dk_core.shape[1], dk_core.shape[2]),
         HEAD_DIM=head_dim,
         BLOCK_D=padded_dim(head_dim),
         GROUP_SIZE=spec.group_size,
@@ -330,8 +328,7 @@ def launch_backward_dkv(
         SCALE=spec.softmax_scale(head_dim),
         MEAN=spec.pooling == "mean",
         LAYOUT=sequences.layout,
-        CORES=dk_core.shape[2] > 0,
-        **grad_layout,
+        PART=part,
         **config.launch_args(),
     )  # fmt: skip
 

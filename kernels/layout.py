@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +75,13 @@ def core_gradients_in(dq: Tensor, k_core: Tensor, group_size: int, wide: torch.d
     return rows.as_strided(shape, strides, first), rows.as_strided(shape, strides, first + parts * row_stride)
 
 
-def core_gradient_layout(dk_core: Tensor, dv_core: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """What kernels are told of tensors from `core_gradients_in`: strides, the last of dq's rows, and PART and IN_DQ."""
+def core_gradient_layout(dk_core: Tensor, dv_core: Tensor) -> tuple[tuple[int, ...], int]:
+    """What kernels are told of tensors from `core_gradients_in`: strides, the last one of dq's rows, and PART.
+
+    PART is how much of a row of dk_core lies in one row of dq, 0 if they do not lie in dq.
+    """
     if dk_core.stride() != dv_core.stride():
         raise ValueError("dk_core and dv_core must share their strides")
-    strides = dk_core.stride()[:-1] if dk_core.dim() == 5 else (*dk_core.stride()[:-1], 0)
-    return strides, {"PART": dk_core.shape[-1], "IN_DQ": dk_core.dim() == 5}
+    if dk_core.dim() == 5:
+        return dk_core.stride()[:-1], dk_core.shape[-1]
+    return (*dk_core.stride()[:-1], 0), 0

@@ -98,7 +98,7 @@ def pooling_backward_kernel(
     q_strides, k_strides, v_strides, core_strides, grad_strides, stat_strides, dq_strides,
     sizes,
     BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, LAYOUT: tl.constexpr,
-    PART: tl.constexpr, IN_DQ: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    PART: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     # fmt: on
     """Gradient of the pooling weights of BLOCK_C groups of one core head (spec section 4).
@@ -124,7 +124,7 @@ def pooling_backward_kernel(
     k_core = tl.load(k_core_ptr + core_offs, mask=mask, other=0.0).to(wide)
     v_core = tl.load(v_core_ptr + core_offs, mask=mask, other=0.0).to(wide)
     grad_offs = core_gradient_offsets(
-        batch, core_head, q_base, offs_c, offs_d, grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+        batch, core_head, q_base, offs_c, offs_d, grad_strides, PART, GROUP_SIZE, LAYOUT
     )
     dk_core = tl.load(dk_core_ptr + grad_offs, mask=mask, other=0.0)
     dv_core = tl.load(dv_core_ptr + grad_offs, mask=mask, other=0.0)
@@ -265,7 +265,7 @@ def launch_pooling_backward(
         return
     if k_core.stride() != v_core.stride():
         raise ValueError("k_core and v_core must share their strides")
-    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
+    grad_strides, part = core_gradient_layout(dk_core, dv_core)
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
     enqueue(
@@ -277,7 +277,7 @@ def launch_pooling_backward(
         GROUP_SIZE=spec.group_size,
         SCALE=spec.softmax_scale(q.shape[3]),
         LAYOUT=sequences.layout,
-        **grad_layout,
+        PART=part,
         **config.launch_args(),
     )  # fmt: skip
 

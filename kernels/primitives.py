@@ -183,16 +183,16 @@ def store_rows(pointers, value, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit
 def core_gradient_offsets(
     batch, core_head, q_base, cores, offs_d, strides,
-    PART: tl.constexpr, IN_DQ: tl.constexpr, GROUP_SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+    PART: tl.constexpr, GROUP_SIZE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Element offsets [C, D] of what arrives at `cores` [C] of the sequence whose queries begin at row `q_base`.
 
-    `layout.core_gradient_layout` gives PART, IN_DQ and `strides`: in dq, every PART elements have a row for themselves.
+    `layout.core_gradient_layout` gives PART and `strides`.
     """
-    if IN_DQ:
-        at = offset((batch, core_head, cores), strides) + q_base.to(tl.int64) * strides[3]
-    else:
-        at = offset((batch, core_head, cores + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)), strides)
+    if PART == 0:
+        slots = cores + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)
+        return offset((batch, core_head, slots), strides)[:, None] + offs_d[None, :]
+    at = offset((batch, core_head, cores), strides) + q_base.to(tl.int64) * strides[3]
     return at[:, None] + (offs_d // PART * strides[3] + offs_d % PART)[None, :]
 
 
@@ -211,10 +211,10 @@ def mean_query(q_ptr, q_strides, batch, head, heads, rows, mask, head_dim, BLOCK
 
 @triton.jit
 def pooled_gradient(
-    k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, stat_strides,
+    k, v, q_ptr, dk_core_ptr, dv_core_ptr, pool_lse_ptr, pool_delta_ptr, q_strides, grad_strides, num_cores,
     batch, kv_head, cores_per_kv, q_per_core, q_base, offs_k, mask,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr,
-    LAYOUT: tl.constexpr, PART: tl.constexpr, IN_DQ: tl.constexpr,
+    LAYOUT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """What the cores of their groups pass on to the tokens `offs_k` [K]: (dk, dv) [K, D]; none where not `mask`."""
     wide = pool_lse_ptr.dtype.element_ty
@@ -226,7 +226,7 @@ def pooled_gradient(
     for core in range(cores_per_kv):
         core_head = kv_head * cores_per_kv + core
         grad_offs = core_gradient_offsets(
-            batch, core_head, q_base, group, offs_d, grad_strides, PART, IN_DQ, GROUP_SIZE, LAYOUT
+            batch, core_head, q_base, group, offs_d, grad_strides, PART, GROUP_SIZE, LAYOUT
         )
         dk_core = tl.load(dk_core_ptr + grad_offs, mask=inside, other=0.0)
         dv_core = tl.load(dv_core_ptr + grad_offs, mask=inside, other=0.0)
@@ -237,7 +237,8 @@ def pooled_gradient(
             last = q_base + group * GROUP_SIZE + GROUP_SIZE - 1
             q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, mask, HEAD_DIM, BLOCK_D)
             slots = group + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)
-            stat_offs = offset((batch, core_head, slots), stat_strides)
+            row = (batch * tl.num_programs(1) * cores_per_kv + core_head).to(tl.int64) * num_cores
+            stat_offs = row + slots
             pool_lse = tl.load(pool_lse_ptr + stat_offs, mask=mask, other=0.0)
             pool_delta = tl.load(pool_delta_ptr + stat_offs, mask=mask, other=0.0)
             weights = tl.exp2((tl.sum(k.to(wide) * q, axis=1) * SCALE - pool_lse) * LOG2_E)

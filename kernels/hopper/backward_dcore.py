@@ -143,7 +143,7 @@ def launch_backward_dcore_hopper(
     tokens, head_dim = q.shape[2:]
     batch, core_heads, num_cores = k_core.shape[:3]
     items = triton.cdiv(num_cores, BLOCK_KEYS.value) * core_heads * batch
-    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
+    grad_strides, part = core_gradient_layout(dk_core, dv_core)
     backward_dcore_hopper_kernel[(min(multiprocessors(q.device), items),)](
         describe(q, config.block_q), describe(dout, config.block_q),
         describe(k_core, BLOCK_KEYS.value // 2), describe(v_core, BLOCK_KEYS.value // 2), lse, delta, dk_core, dv_core,
@@ -152,7 +152,7 @@ def launch_backward_dcore_hopper(
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,
         HEAD_DIM=head_dim,
-        PART=grad_layout["PART"],
+        PART=part or head_dim,
         BLOCK_Q=config.block_q,
         NUM_STAGES=config.num_stages,
         FEEDER=FEEDER_REGISTERS,

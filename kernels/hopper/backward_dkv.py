@@ -214,7 +214,7 @@ def launch_backward_dkv_hopper(
     batch, q_heads, tokens, head_dim = q.shape
     kv_heads, core_heads, num_cores = k.shape[1], *dk_core.shape[1:3]
     items = triton.cdiv(tokens, BLOCK_KEYS.value) * kv_heads * batch
-    grad_strides, grad_layout = core_gradient_layout(dk_core, dv_core)
+    grad_strides, part = core_gradient_layout(dk_core, dv_core)
     queries = [describe(x, config.block_q) for x in (q, dout)]
     keys = [describe(x, BLOCK_KEYS.value // 2) for x in (k, v)]
     backward_dkv_hopper_kernel[(min(multiprocessors(q.device), items),)](
@@ -225,7 +225,7 @@ def launch_backward_dkv_hopper(
         GROUP_SIZE=spec.group_size,
         WINDOW_SIZE=spec.window_size,
         MEAN=spec.pooling == "mean",
-        PART=grad_layout["PART"],
+        PART=part or head_dim,
         HEAD_DIM=head_dim,
         BLOCK_Q=config.block_q,
         NUM_STAGES=config.num_stages,
