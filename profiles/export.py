@@ -37,8 +37,8 @@ def export(profile: Profile, form: Format) -> Exported:
 
 
 def launch_args(entry: Entry) -> dict[str, int]:
-    """The keyword arguments of the launch."""
-    return as_config(entry.kernel, entry.config).launch_args()
+    """The keyword arguments of the launch, in a mapping of the caller's own."""
+    return dict(as_config(entry.kernel, entry.config).launch_args())
 
 
 def torch_name(profile: Profile) -> str:
