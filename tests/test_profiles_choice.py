@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +21,9 @@ from cca_attention.profiles.configs import source_hash
 from cca_attention.profiles.live import LiveDevice
 from cca_attention.profiles.reading import parse_profile
 from cca_attention.profiles.schema import Profile
+from cca_attention.verify.sample_profile import A100, PROBLEM, TEXT, TUNED
 
-TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
-TEXT = TEXT.replace("triton: 3.7.1", f"triton: {triton.__version__}")
-PROBLEM = Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
-TUNED, BUILT_IN = ForwardConfig(block_q=128, block_k=64), default_config(PROBLEM, "sm_80")
-A100 = LiveDevice(
-    name="NVIDIA A100-SXM4-80GB", arch="sm_80", sm_count=108, shared_bytes_per_block=166912, l2_bytes=41943040,
-    hbm_bytes=85_000_000_000, driver="580.65.06",
-)  # fmt: skip
+BUILT_IN = default_config(PROBLEM, "sm_80")
 OTHER_NAME = replace(A100, name="NVIDIA PG506-232")
 A100_40GB = replace(A100, name="NVIDIA A100-SXM4-40GB", hbm_bytes=42_000_000_000)
 SLICE = replace(A100, sm_count=42)
@@ -40,7 +33,7 @@ GPU = torch.device("cuda", 0)
 
 
 def profile(text: str = TEXT, **changes: Any) -> Profile:
-    """The profile of the data file with the first entry changed."""
+    """The sample profile with the first entry changed."""
     content = yaml.safe_load(text)
     content["entries"][0] |= changes
     return parse_profile(yaml.safe_dump(content).encode(), "p.yaml")

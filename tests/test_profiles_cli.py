@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
 
 from cca_attention import cli_profile
 from cca_attention.profiles import places
 from cca_attention.profiles.configs import source_hash
 from cca_attention.profiles.json_schema import PUBLISHED
 from cca_attention.profiles.reading import read_profile
-
-TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
-TEXT = TEXT.replace("triton: 3.7.1", f"triton: {triton.__version__}")
+from cca_attention.verify.sample_profile import TEXT
 
 
 @pytest.fixture
@@ -112,7 +109,7 @@ def test_what_cannot_be_done_is_one_message(cca: Any, code: int, said: str, argu
 def test_validate_lists_the_mistakes_of_every_file(cca: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(TEXT.replace("sm_count: 108", "sm_count: many"))
     code, out, err = cca("validate", "a100.yaml", "bad.yaml")
-    assert code == 1 and "a100.yaml: valid, 1 measured" in out and "line 9: device.sm_count" in err
+    assert code == 1 and "a100.yaml: valid, 1 measured" in out and "line 8: device.sm_count" in err
     code, out, _ = cca("validate", "a100.yaml", "--json")
     assert code == 0 and json.loads(out)[0]["valid"] == "yes"
 

@@ -15,15 +15,13 @@ import pytest
 import yaml
 from triton import Config
 
-from cca_attention import Problem
 from cca_attention.kernels.decode import DecodeConfig
 from cca_attention.profiles.configs import source_hash
 from cca_attention.profiles.export import FORMATS, export
 from cca_attention.profiles.reading import parse_profile
 from cca_attention.profiles.schema import Profile
+from cca_attention.verify.sample_profile import PROBLEM, TEXT
 
-TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
-PROBLEM = Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
 LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 SHORT = {**LAUNCH, "BLOCK_Q": 64}
 NAME = (

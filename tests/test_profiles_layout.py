@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,20 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cca_attention.profiles import layout, reading
-from cca_attention.profiles.configs import source_hash
 from cca_attention.profiles.layout import laid_out, read_laid_out
 from cca_attention.profiles.reading import MAX_BYTES, MAX_VALUES, ProfileError, parse_profile
 from cca_attention.profiles.schema import Profile
 from cca_attention.profiles.store import write_profile
-
-YAML = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
+from cca_attention.verify.sample_profile import TEXT
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The profile of the data file as `write_profile` writes it."""
+    """The sample profile as `write_profile` writes it."""
     path = tmp_path_factory.mktemp("written") / "p.yaml"
-    write_profile(parse_profile(YAML.encode(), "p.yaml"), path)
+    write_profile(parse_profile(TEXT.encode(), "p.yaml"), path)
     return path.read_text()
 
 
@@ -45,10 +42,10 @@ def fast_and_slow(text: str) -> tuple[Profile | str, Profile | str]:
 def test_what_is_written_is_read_fast_and_is_yaml(text: str) -> None:
     with mock.patch.object(reading, "_Builder", side_effect=AssertionError("the slow reader was asked")):
         fast = parse_profile(text.encode(), "p.yaml")
-    assert fast == parse_profile(YAML.encode(), "p.yaml")
+    assert fast == parse_profile(TEXT.encode(), "p.yaml")
     assert read_laid_out(text, MAX_VALUES) == reading._Builder(text).document()
     assert max(map(len, text.splitlines())) < 400 and text.count("\n") > 30
-    assert read_laid_out(YAML, MAX_VALUES) is None
+    assert read_laid_out(TEXT, MAX_VALUES) is None
 
 
 @pytest.mark.parametrize(

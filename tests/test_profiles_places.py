@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from cca_attention.profiles import places, store
-from cca_attention.profiles.configs import source_hash
 from cca_attention.profiles.reading import ProfileError
 from cca_attention.profiles.store import ProfileNotFound, load_profile
+from cca_attention.verify.sample_profile import TEXT
 
-TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
 ORDER = ("here", "environment", "user", "package", "bundled")
 
 

@@ -10,32 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
-from cca_attention import Problem, cca_attention
-from cca_attention.kernels.forward import ForwardConfig, default_config
+from cca_attention import cca_attention
+from cca_attention.kernels.forward import default_config
 from cca_attention.kernels.tunable import HANDLES
 from cca_attention.profiles import live, places, resolve, schema
 from cca_attention.profiles.choice import ProfileMismatch
 from cca_attention.profiles.configs import source_hash
-from cca_attention.profiles.live import LiveDevice
 from cca_attention.profiles.reading import parse_profile
 from cca_attention.profiles.resolve import AutoProfile
 from cca_attention.profiles.schema import Profile, ProfileWarning
+from cca_attention.verify.sample_profile import A100, PROBLEM, TEXT, TUNED
 
-TEXT = (Path(__file__).parent / "data" / "profile.yaml").read_text().replace("of this checkout", source_hash("forward"))
-TEXT = TEXT.replace("triton: 3.7.1", f"triton: {triton.__version__}")
-PROBLEM = Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
-TUNED, BUILT_IN = ForwardConfig(block_q=128, block_k=64), default_config(PROBLEM, "sm_80")
-A100 = LiveDevice(
-    name="NVIDIA A100-SXM4-80GB", arch="sm_80", sm_count=108, shared_bytes_per_block=166912, l2_bytes=41943040,
-    hbm_bytes=85_000_000_000, driver="580.65.06",
-)  # fmt: skip
+BUILT_IN = default_config(PROBLEM, "sm_80")
 GPU = torch.device("cuda", 0)
 
 
 def profile() -> Profile:
-    """The profile of the data file."""
+    """The sample profile."""
     return parse_profile(TEXT.encode(), "p.yaml")
 
 
@@ -53,7 +45,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(folder: Path, name: str, **changes: str) -> None:
-    """The profile of the data file with words replaced."""
+    """The sample profile with words replaced."""
     text = TEXT
     for old, new in changes.items():
         assert old.replace("__", " ") in text
