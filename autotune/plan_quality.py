@@ -1,12 +1,25 @@
-"""How good the model's plan was, on a run that timed what the model had ranked."""
+"""How good the model's plan was, on a run or a sweep that timed what the model ranks."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ..kernels.tunable import Config, Work
+from ..problem import Problem
+from ..profiles.configs import as_config
+from .binary import Resources
+from .compile import Launch
+from .devices import Device
+from .predict import predict
+from .tile_model import Constants
+from .traits import Traits
 
 LEAST = 3
 """Configs with both a prediction and a time, below which nothing is said of their order."""
@@ -36,6 +49,66 @@ def plan_quality(kernel: Mapping[str, Any]) -> PlanQuality | None:
     predicted, timed = zip(*pairs, strict=True)
     regret = min(pairs)[1] / min(timed)
     return PlanQuality(len(pairs), spearman(predicted, timed), regret)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One config of a sweep: what it launches and takes, and its median time; `role`: fit or judge."""
+
+    kernel: str
+    role: str
+    problem: Problem
+    config: Config
+    work: Work
+    launches: tuple[tuple[Launch, Resources], ...]
+    us: float
+
+    def predicted_us(self, device: Device, constants: Constants | None = None) -> float:
+        """The model's time on `device`."""
+        return predict(device, self.problem, self.config, self.work, self.launches, constants).total_us
+
+
+Cell = tuple[str, Problem]
+"""A kernel and a problem: what one choice is made for."""
+
+
+def read_sweep(path: Path) -> dict[Cell, list[Timed]]:
+    """The configs of a sweep (gzipped JSON lines), by the choice that they are candidates of."""
+    cells: dict[Cell, list[Timed]] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for timed in map(_timed, map(json.loads, lines)):
+            cells.setdefault((timed.kernel, timed.problem), []).append(timed)
+    return cells
+
+
+def _timed(row: dict[str, Any]) -> Timed:
+    launches = (Launch(x["kernel"], tuple(x["grid"]), Traits(**x["traits"])) for x in row["launches"])
+    resources = (Resources(**values) for values in row["resources"])
+    return Timed(
+        row["kernel"], row["role"], Problem(**row["problem"]), as_config(row["kernel"], row["config"]),
+        Work(**row["work"]), tuple(zip(launches, resources, strict=True)), row["us"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Judged(PlanQuality):
+    """With `short_regret`, the best time of the `short` configs that the model ranks first, over the best of all."""
+
+    short_regret: float
+
+
+def judged(cell: Sequence[Timed], device: Device, short: int, constants: Constants | None = None) -> Judged:
+    """The quality of the plan for one choice.
+
+    Raises:
+        ValueError: for fewer configs than say anything.
+    """
+    if len(cell) < LEAST:
+        raise ValueError(f"a cell must have at least {LEAST} configs, got {len(cell)}")
+    pairs = sorted((timed.predicted_us(device, constants), timed.us) for timed in cell)
+    predicted, times = zip(*pairs, strict=True)
+    best = min(times)
+    return Judged(len(pairs), spearman(predicted, times), times[0] / best, short_regret=min(times[:short]) / best)
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

@@ -1,20 +1,22 @@
 """The stated cost model: what a compiled config should take on a GPU that is not there.
 
-A launch is bounded by its slowest resource. Each term is a time in microseconds if that resource alone counted:
+A compiled kernel whose programs walk over tiles is modelled pass by pass, in `tile_model`. Any other, and one that is
+not compiled yet, is bounded by its slowest resource. Each term is a time in microseconds if that alone counted:
 
 - tensor: operations over the peak rate (of the tensor cores; of the vector units for float32, or without a product);
 - issue: instructions that warps go through in their loops, one a clock and scheduler; before the kernel is compiled,
   and where its assembly is not read, six vector operations on each score;
 - exp2: exponentials, 16 a clock and SM;
 - shared: operands of the products and spilled registers, 128 bytes a clock and SM. Each holder of rows (a warp, a warp
-  group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least;
+  group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least. Single
+  words that warps pass on to each other come in conflict: 8 clocks for each of a warp's;
 - l2: bytes that tiles load, re-reads included, at 32 bytes a clock and SM;
 - hbm: bytes read and written once, at the peak rate or at what the loads in flight allow (Little's law).
 
 The terms other than the slowest hide behind it as far as there are other warps to run: what they add is divided by
 the warps resident per scheduler, times 1.5 with a pipelined loop. The sum is multiplied by the quantisation (programs
-of the fullest SM over the mean). A further launch of the same call adds two microseconds. The constants are the ones
-above, none is fitted.
+of the fullest SM over the mean). These constants are of the architectures, but for the
+8 clocks, which were fitted as those of `tile_model`.
 """
 
 from __future__ import annotations
@@ -28,14 +30,21 @@ from ..problem import Problem
 from .binary import Resources
 from .compile import Launch
 from .devices import Device
+from .tile_model import REUSED, STREAMED, Constants, pass_of, smooth_max
+from .walks import Walk, walk_of
 
 SHARED_BYTES_PER_CLOCK = 128
 L2_BYTES_PER_CLOCK = 32
 EXP2_PER_CLOCK = 16
+EXCHANGE_CLOCKS = 8
+"""Of a single word that a warp passes on through shared memory; fitted as the constants of `tile_model` were."""
 SOFTMAX_OPERATIONS = 6
 MEMORY_LATENCY_US = 0.7
 PIPELINE_HIDING = 1.5
-EXTRA_LAUNCH_US = 2.0
+EXTRA_LAUNCH_US = 4.0
+"""Of each further launch of a call."""
+HBM_SHARE = 0.7
+"""Of the peak rate of device memory, what a kernel that streams through it reaches."""
 SCHEDULERS = 4
 ASSUMED_REGISTERS = 90
 """What addresses, masks and operands take besides the live tiles, in an estimate without a compiled kernel."""
@@ -79,9 +88,53 @@ def estimated(device: Device, launch: Launch, config: Config) -> Resources:
 
 
 def predict(
-    device: Device, problem: Problem, config: Config, work: Work, launches: Sequence[tuple[Launch, Resources]]
+    device: Device,
+    problem: Problem,
+    config: Config,
+    work: Work,
+    launches: Sequence[tuple[Launch, Resources]],
+    constants: Constants | None = None,
 ) -> Prediction:
-    """The time of one call. All its work is laid on the launch that loads most; the others only add their start."""
+    """The time of one call; `constants` other than the fitted ones, to fit them."""
+    further = EXTRA_LAUNCH_US * (len(launches) - 1)
+    for launch, resources in launches:
+        walk = walk_of(launch.kernel, problem, config) if resources.tile_instructions else None
+        if walk is not None:
+            constants = constants or (STREAMED if launch.kernel.startswith("decode") else REUSED)
+            total, parts = _walked(device, problem, config, work, launch, resources, walk, constants)
+            break
+    else:
+        total, parts = _bounded(device, problem, config, work, launches)
+    return Prediction(total + further, {**parts, "further_launches_us": further})
+
+
+def _walked(
+    device: Device, problem: Problem, config: Config, work: Work, launch: Launch, resources: Resources, walk: Walk,
+    constants: Constants,
+) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """The time of a kernel whose programs walk over tiles: the busiest slot's, or that of all that is read."""
+    blocks = max(1, blocks_per_sm(device, resources))
+    resident = max(1, min(blocks, math.ceil(launch.programs / device.sm_count)))
+    persistent = launch.programs < len(walk.total) * walk.copies
+    one = pass_of(
+        device, problem, config, work, resources, walk, resident, constants, persistent=persistent
+    )  # fmt: skip
+    slots = launch.programs if persistent else device.sm_count * resident
+    passes = (walk.shared_out if persistent else walk.busiest)(slots, one.start)
+    mean = walk.shared_out(min(slots, launch.programs), one.start)
+    us = passes / device.clock_mhz
+    hbm = work.bytes / (HBM_SHARE * device.hbm_gbps * 1e3)
+    terms = {"tensor": one.tensor, "exp2": one.exp2, "issue": one.issue}
+    parts = {f"{name}_us": us * one.groups * clocks for name, clocks in terms.items()}
+    parts |= {"hbm_us": hbm, "exposed_us": us * one.own, "quantisation": passes / mean}
+    parts |= {"warps_per_scheduler": one.groups, "passes": passes}
+    return smooth_max(us * one.clocks, hbm), parts
+
+
+def _bounded(
+    device: Device, problem: Problem, config: Config, work: Work, launches: Sequence[tuple[Launch, Resources]]
+) -> tuple[float, dict[str, float]]:
+    """The time by the slowest resource. All work is laid on the launch that loads most; the others add their start."""
     launch, resources = max(launches, key=lambda pair: pair[0].programs * pair[0].traits.load_bytes)
     blocks = max(1, blocks_per_sm(device, resources))
     resident = min(blocks, math.ceil(launch.programs / device.sm_count))
@@ -91,10 +144,9 @@ def predict(
     slowest = max(terms.values())
     exposed = (sum(terms.values()) - slowest) / hiding
     quantisation = math.ceil(launch.programs / device.sm_count) * device.sm_count / launch.programs
-    further = EXTRA_LAUNCH_US * (len(launches) - 1)
     parts = {f"{name}_us": time for name, time in terms.items()}
     parts |= {"exposed_us": exposed, "quantisation": quantisation, "warps_per_scheduler": warps}
-    return Prediction((slowest + exposed) * quantisation + further, {**parts, "further_launches_us": further})
+    return (slowest + exposed) * quantisation, parts
 
 
 def _operations_per_us(device: Device, problem: Problem, products: bool) -> float:
@@ -108,13 +160,16 @@ def _terms(
     traits = launch.traits
     clocks = device.sm_count * device.clock_mhz  # of all SMs, in a microsecond
     products = traits.dot_flops > 0
-    passes = work.flops / traits.dot_flops if products else launch.programs
+    walk = None if products else walk_of(launch.kernel, problem, config)
+    each = 1.0 if walk is None else float(walk.total.mean())
+    passes = work.flops / traits.dot_flops if products else launch.programs * each
     loaded = passes * traits.load_bytes if products else work.bytes
     operands = (
         work.flops * problem.element_bytes / (2 * _rows_of_a_reader(device, launch, resources)) if products else 0
     )
     threads = resources.num_warps * device.threads_per_warp
     spilled = passes * threads * resources.loop_spill_bytes
+    exchanged = 0.0 if products else passes * resources.num_warps * resources.loop_exchanges * EXCHANGE_CLOCKS
     in_flight = min(launch.programs, device.sm_count) * resident * _bytes_in_flight(config, launch)
     hbm = min(device.hbm_gbps * 1e3, in_flight / MEMORY_LATENCY_US)
     if resources.loop_instructions:
@@ -125,7 +180,7 @@ def _terms(
         "tensor": work.flops / _operations_per_us(device, problem, products),
         "issue": issue,
         "exp2": work.exp2 / (clocks * EXP2_PER_CLOCK),
-        "shared": (operands + spilled) / (clocks * SHARED_BYTES_PER_CLOCK),
+        "shared": ((operands + spilled) / SHARED_BYTES_PER_CLOCK + exchanged) / clocks,
         "l2": loaded / (clocks * L2_BYTES_PER_CLOCK),
         "hbm": work.bytes / max(hbm, 1.0),
     }

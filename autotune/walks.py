@@ -6,9 +6,11 @@ and its programs are not equally long: both depend on the tiles, and decide betw
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,26 +23,62 @@ HOPPER_ROWS = 128
 """Rows of a tile that a kernel for Hopper holds, whatever its config."""
 
 
+MOST_WAVES = 6
+"""Waves of programs beyond which the end of a launch is estimated, not followed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Iterations of each program's loop, by its place on the first axis of the grid: `whole` tiles, and at the `edge`.
+    """Iterations of each program's loop, in the order of their start: `whole` tiles, and tiles at the `edge`.
 
-    There are `copies` of them, one for each head and sequence.
+    There are `copies` of them, one for each head and sequence. A tile is of `rows`, which the program holds, by
+    `block`, which it walks over.
     """
 
     whole: Lengths
     edge: Lengths
     copies: int
+    rows: int
+    block: int
 
     @property
     def total(self) -> Lengths:
         """Iterations of each program."""
         return self.whole + self.edge
 
+    @property
+    def edge_share(self) -> float:
+        """The share of all iterations that are at an edge."""
+        return float(self.edge.sum() / max(1, self.total.sum()))
 
+    def busiest(self, slots: int, start: float) -> float:
+        """Iterations of the busiest of `slots`, each of which takes the next program as soon as it is free.
+
+        A program costs `start` iterations besides its own.
+        """
+        lengths = self.total + start
+        programs, most = len(lengths) * self.copies, float(lengths.max())
+        if programs <= slots:
+            return most
+        if lengths.min() == most:
+            return math.ceil(programs / slots) * most
+        if programs > MOST_WAVES * slots:
+            last = np.tile(lengths, min(self.copies, math.ceil(slots / len(lengths))))[-slots:]
+            return float(lengths.sum()) * self.copies / slots + float(last.mean()) / 2
+        loads = [0.0] * slots
+        for length in lengths.tolist() * self.copies:
+            heapq.heapreplace(loads, loads[0] + length)
+        return max(loads)
+
+    def shared_out(self, programs: int, start: float) -> float:
+        """Iterations of each of `programs` that take all this as items in turns."""
+        return float((self.total + start).sum()) * self.copies / programs
+
+
+@lru_cache(maxsize=4096)
 def walk_of(kernel: str, problem: Problem, config: Config) -> Walk | None:
-    """The walk of `kernel`'s programs, None for a kernel whose programs all do the same."""
-    walk = WALKS.get(kernel.removesuffix("_hopper"))
+    """The walk of a kernel, by its function's name; None for one that is not known."""
+    walk = WALKS.get(kernel.removesuffix("_kernel").removesuffix("_hopper"))
     return None if walk is None else walk(problem, config)
 
 
@@ -66,7 +104,7 @@ def _over_keys(problem: Problem, config: Config) -> Walk:
     right = _ceil(np.maximum(end - start - (left + raw_full) * block, 0), block)
     # the last tiles start first
     whole, edge = core_full + raw_full, core_edge + left + right
-    return Walk(whole[::-1], edge[::-1], problem.q_heads * problem.batch)
+    return Walk(whole[::-1], edge[::-1], problem.q_heads * problem.batch, rows, block)
 
 
 def _queries(start: Lengths, full: Lengths, full_end: Lengths, stop: Lengths, block: int) -> tuple[Lengths, Lengths]:
@@ -87,7 +125,8 @@ def _of_cores(problem: Problem, config: Config) -> Walk:
     end = np.full_like(first, problem.seq_len)
     whole, edge = _queries(begin, full, end, end, block)
     heads = problem.num_core_heads
-    return Walk(whole * (problem.q_heads // heads), edge * (problem.q_heads // heads), heads * problem.batch)
+    ratio = problem.q_heads // heads
+    return Walk(whole * ratio, edge * ratio, heads * problem.batch, rows, block)
 
 
 def _of_tokens(problem: Problem, config: Config) -> Walk:
@@ -100,23 +139,35 @@ def _of_tokens(problem: Problem, config: Config) -> Walk:
     )
     whole, edge = _queries(first, last, np.minimum(by_all + 1, t), np.minimum(by_any + 1, t), block)
     ratio = problem.q_heads // problem.kv_heads
-    return Walk(whole * ratio, edge * ratio, problem.kv_heads * problem.batch)
+    return Walk(whole * ratio, edge * ratio, problem.kv_heads * problem.batch, rows, block)
 
 
 def _of_decode(problem: Problem, config: Config) -> Walk:
-    """Each share of the cores of a head, and of the raw tokens of a key/value head, by one program."""
-    block, t = getattr(config, "block_k", 0), problem.seq_len
-    cores = problem.spec.visible_cores(t)
-    lengths = []
-    for keys, shares, heads in (
-        (cores, getattr(config, "splits_core", 1), problem.num_core_heads),
-        (len(problem.spec.local_range(t)), getattr(config, "splits_raw", 1), problem.kv_heads),
-    ):
-        share = math.ceil(math.ceil(keys / shares) / block) * block
-        own = np.clip(keys - np.arange(shares, dtype=np.int64) * share, 0, share)
-        lengths.append(np.tile(_ceil(own, block), heads))
-    edge = np.concatenate(lengths)
-    return Walk(np.zeros_like(edge), edge, problem.batch)
+    """Each share of the cores of a head, then each of the raw tokens of a key/value head, by one program.
+
+    Of the core heads of a key/value head only the first has shares of the raw tokens.
+    """
+    block, t, p = getattr(config, "block_k", 0), problem.seq_len, problem
+    core, raw = (
+        _shares(keys, getattr(config, name, 1), block)
+        for keys, name in ((p.spec.visible_cores(t), "splits_core"), (len(p.spec.local_range(t)), "splits_raw"))
+    )
+    others = [core] * (p.num_core_heads // p.kv_heads - 1)
+    edge = np.tile(np.concatenate([core, raw, *others]), p.kv_heads)
+    return Walk(np.zeros_like(edge), edge, p.batch, max(16, p.q_heads // p.kv_heads), block)
+
+
+def _shares(keys: int, shares: int, block: int) -> Lengths:
+    share = math.ceil(math.ceil(keys / shares) / block) * block
+    return _ceil(np.clip(keys - np.arange(shares, dtype=np.int64) * share, 0, share), block)
+
+
+def _of_groups(problem: Problem, config: Config) -> Walk:
+    """A tile of groups goes through their tokens."""
+    rows, block = getattr(config, "block_c", 1), getattr(config, "block_t", problem.group_size)
+    tiles = math.ceil(problem.spec.num_groups(problem.seq_len) / rows)
+    whole = np.full(tiles, math.ceil(problem.group_size / block), dtype=np.int64)
+    return Walk(whole, np.zeros_like(whole), problem.num_core_heads * problem.batch, rows, block)
 
 
 WALKS: dict[str, Callable[[Problem, Config], Walk]] = {
@@ -125,4 +176,6 @@ WALKS: dict[str, Callable[[Problem, Config], Walk]] = {
     "backward_dcore": _of_cores,
     "backward_dkv": _of_tokens,
     "decode": _of_decode,
+    "pooling": _of_groups,
+    "pooling_backward": _of_groups,
 }

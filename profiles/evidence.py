@@ -40,7 +40,10 @@ class Predicted(Part):
 
 
 class KernelResources(Part):
-    """What one compiled kernel takes of a block and of a thread, and does in one pass through its loops."""
+    """What one compiled kernel takes of a block and of a thread, and does in one pass through its loops.
+
+    `tile_` and `edge_` figures are of the loops over tiles, `outside_` of all other code: see `Resources` of the tuner.
+    """
 
     kernel: str
     shared_bytes: Count
@@ -49,6 +52,17 @@ class KernelResources(Part):
     num_warps: Size
     loop_instructions: Count = 0
     loop_spill_bytes: Count = 0
+    loop_exchanges: Count = 0
+    tile_instructions: Count = 0
+    tile_exponentials: Count = 0
+    tile_loads: Count = 0
+    tile_products: Count = 0
+    tile_spills: Count = 0
+    edge_instructions: Count = 0
+    edge_spills: Count = 0
+    outside_instructions: Count = 0
+    outside_spills: Count = 0
+    group_products: bool = False
 
 
 class Verification(Part):

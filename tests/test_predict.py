@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cca_attention.autotune.binary import Resources, loop_costs
+from cca_attention.autotune.binary import Resources, loop_costs, tile_costs
 from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import Device, device_table, find_device
 from cca_attention.autotune.measure import Timing
@@ -108,8 +108,35 @@ SASS = """
 
 
 def test_only_what_is_in_a_loop_costs() -> None:
-    assert loop_costs(SASS) == (5, 16 + 4)
-    assert loop_costs(SASS.replace("BRA 0x30", "BRA 0x70").replace("BRA 0x20", "BRA 0x70")) == (9, 8 + 16 + 4)
+    assert loop_costs(SASS) == (5, 16 + 4, 0)
+    assert loop_costs(SASS.replace("BRA 0x30", "BRA 0x70").replace("BRA 0x20", "BRA 0x70")) == (9, 8 + 16 + 4, 0)
+    assert loop_costs(SASS.replace("LDL.128", "LDS.128").replace("STL [", "@P1 STS.U16 [")) == (5, 0, 1)
+
+
+WALK = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                       /* 0x00 */
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R2], [R4.64] ;          /* 0x00 */
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;    /* 0x00 */
+        /*0030*/                   MUFU.EX2 R8, R9 ;                            /* 0x00 */
+        /*0040*/              @!P1 BRA 0x10 ;                                   /* 0x00 */
+        /*0050*/                   LDL R5, [R1+0x4] ;                           /* 0x00 */
+        /*0060*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;    /* 0x00 */
+        /*0070*/                   STL [R1+0x4], R5 ;                           /* 0x00 */
+        /*0080*/                   FSEL R8, R9, R10, P0 ;                       /* 0x00 */
+        /*0090*/              @!P2 BRA 0x60 ;                                   /* 0x00 */
+        /*00a0*/              @!P3 BRA 0x10 ;                                   /* 0x00 */
+        /*00b0*/                   EXIT ;                                       /* 0x00 */
+"""
+
+
+def test_the_shortest_loop_with_a_product_walks_over_whole_tiles() -> None:
+    assert tile_costs(WALK) == {
+        "tile_instructions": 4, "tile_exponentials": 1, "tile_loads": 1, "tile_products": 1, "tile_spills": 0,
+        "edge_instructions": 4, "edge_spills": 1, "outside_instructions": 4, "outside_spills": 1,
+        "group_products": True,
+    }  # fmt: skip
+    assert tile_costs(WALK.replace("HGMMA", "HMMA"))["group_products"] is False
+    assert tile_costs(WALK.replace("HGMMA", "FFMA")) == {}
 
 
 def time_us(**changes: Any) -> float:

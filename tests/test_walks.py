@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cca_attention.autotune.walks import walk_of
+from cca_attention.autotune.walks import Walk, walk_of
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
 
@@ -73,7 +73,32 @@ def test_decode_shares_out_what_one_row_sees(problem: Problem) -> None:
     assert len(walk.total) == 3 * problem.num_core_heads + 2 * problem.kv_heads
 
 
-def test_kernels_whose_programs_do_the_same_have_no_walk() -> None:
-    known = tunables()
-    assert walk_of("pooling", PROBLEMS[0], known["pooling"].config()) is None
-    assert walk_of("pooling_backward", PROBLEMS[0], known["pooling_backward"].config()) is None
+def test_pooling_goes_through_the_tokens_of_its_groups() -> None:
+    config = tunables()["pooling"].config(block_c=4, block_t=16)
+    walk = walk_of("pooling_kernel", PROBLEMS[1], config)
+    assert walk is not None and walk.whole.tolist() == [3, 3, 3] if PROBLEMS[1].group_size > 32 else [1] * 5
+    assert walk_of("append_kernel", PROBLEMS[0], config) is None
+
+
+def simulated(lengths: list[float], slots: int) -> float:
+    """When the last of `lengths` ends, each begun on the slot that is free first."""
+    ends = [0.0] * slots
+    for length in lengths:
+        first = ends.index(min(ends))
+        ends[first] += length
+    return max(ends)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7, 40, 500])
+def test_the_busiest_slot_is_that_of_a_simulation(slots: int) -> None:
+    walk = walk_of("forward_kernel", PROBLEMS[0], tunables()["forward"].config(block_q=16, block_k=16))
+    assert walk is not None and walk.copies == 4
+    expected = simulated([length + 0.5 for length in walk.total.tolist()] * 4, slots)
+    assert walk.busiest(slots, 0.5) == pytest.approx(expected, rel=0.05 if 4 * len(walk.total) > 6 * slots else 1e-9)
+    assert walk.shared_out(slots, 0.5) == pytest.approx(4 * (walk.total + 0.5).sum() / slots)
+
+
+def test_equal_programs_go_in_waves() -> None:
+    same = Walk(np.full(10, 3), np.full(10, 1), 2, 16, 16)
+    assert [same.busiest(slots, 1.0) for slots in (20, 19, 10, 1)] == [5.0, 10.0, 10.0, 100.0]
+    assert same.edge_share == 0.25
