@@ -55,14 +55,15 @@ class Session:
     def run(self) -> bool:
         """Do all runs; whether every kernel has a verified config for every problem.
 
-        With several GPUs the runs go on at the same time, else one after the other.
+        With several GPUs, or a budget to share, the runs go on at the same time, else one after the other.
 
         Raises:
             JournalError: if the journal cannot be used.
             SessionError: if no worker can be had, or the profile cannot be written.
         """
         first = self._requests[0]
-        together = [self._requests] if len(first.cards) > 1 else [[request] for request in self._requests]
+        at_once = len(first.cards) > 1 or first.budget_s is not None
+        together = [self._requests] if at_once else [[request] for request in self._requests]
         try:
             with Journal(first.cache_folder) as journal, Workshop(first) as workshop:
                 self.stations = workshop.stations

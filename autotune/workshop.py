@@ -56,14 +56,12 @@ class Workshop:
         """
         begin, budget_s = time.monotonic(), sum(tuner.budget_s for tuner in tuners)
         at_hand = self._request.at_hand
-        for number, tuner in enumerate(tuners, start=1):
-            share = number / len(tuners) * (COMPILED_BY if at_hand else 1.0)
-            tuner.compile(self.compilers, begin + share * budget_s)
+        for tuner in tuners:
+            tuner.compile(self.compilers, begin + budget_s * (COMPILED_BY if at_hand else 1.0))
         self.compilers.close()
         if at_hand:
-            for number, tuner in enumerate(tuners, start=1):
-                done = COMPILED_BY + (CHECKED_BY - COMPILED_BY) * number / len(tuners)
-                tuner.check(self.checkers, begin + done * budget_s)
+            for tuner in tuners:
+                tuner.check(self.checkers, begin + budget_s * CHECKED_BY)
             if self._request.ray is not None:
                 self.checkers.close()  # it gives the GPUs to those that time
             self._race(tuners, begin + budget_s)
