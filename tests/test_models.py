@@ -23,7 +23,8 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
 MAKES_ITS_MASK = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.17"), reason="OPT makes a 4-D mask itself in older transformers, which is refused"
+    Version(transformers.__version__) < Version("5.17"),
+    reason="OPT makes a 4-D mask itself in older transformers, which is refused",
 )
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
