@@ -22,10 +22,9 @@ MAX_FUNCTION, MAX_KERNEL_BODY = 40, 90
 MAX_KERNEL_ARGUMENTS = 32
 DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-READS_ENVIRONMENT = {
-    "profiles/places.py": 'os.environ.get(ENVIRONMENT, "")',  # in which folders profiles are
-    "autotune/host.py": 'os.environ["CUDA_VISIBLE_DEVICES"] = handle',  # written, in a worker: the one GPU it is for
-}
+READS_ENVIRONMENT = {"profiles/places.py": 'os.environ.get(ENVIRONMENT, "")'}  # in which folders profiles are
+READS_ENVIRONMENT["autotune/host.py"] = 'os.environ["CUDA_VISIBLE_DEVICES"] = handle'  # written: a worker's one GPU
+
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
