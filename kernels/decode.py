@@ -1,10 +1,13 @@
 """Decode: a few new tokens against the cached core tokens and the ring of recent raw tokens (spec section 6).
 
-One step is three launches. `append_kernel` stores the new keys and values in the ring and pools each group that they
-complete; `decode_kernel` splits the visible keys over programs; `decode_merge_kernel` joins the splits in a fixed
-order and advances the counter. What is visible follows from the device's counter `seen` alone, so that a step can be
-captured in a CUDA graph. Position p lies in the ring at ``p % RING_SIZE``. Tokens from position `max_tokens` on are not
-stored, and their output is NaN.
+A step is two launches. The programs of `decode_kernel` share out the visible keys, store the new keys and values in the
+ring, and pool the groups that they complete; `decode_merge_kernel` joins the shares in a fixed order and advances the
+counter. What is visible follows from the device's counter `seen` alone, so that a step can be captured in a CUDA
+graph. Position p lies in the ring at ``p % RING_SIZE``. Tokens from position `max_tokens` on are not stored, and their
+output is NaN.
+
+No program waits for another: new tokens are read where the caller put them, and a step is of at most `window_size`
+tokens, so that none of them sees a group that the step completes.
 """
 
 from __future__ import annotations
@@ -25,16 +28,19 @@ MAX_ROWS = 64
 """The most rows of one tile: query heads of a key/value head times new tokens."""
 UNBOUNDED = 2**31 - 1
 """`max_tokens` of storage that its owner grows before it is full."""
-MERGE_TILE = 8192
-"""Elements of the partial results that are merged at once."""
+POOL_TILE = tl.constexpr(16)
+"""The most tokens of a group that are pooled at once."""
+MERGE_TILE = tl.constexpr(8192)
+"""Elements of the shares' results that are joined at once."""
 
 
 @triton.jit
-def load_tokens(
-    ring, ring_stride, new, new_stride, tokens, mask, seen,
-    RING_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows [N, BLOCK_D] of one head at positions `tokens` [N]: before `seen` from the ring, else from the new ones."""
+def load_tokens(pointers, tokens, mask, seen, RING_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] of one head at positions `tokens` [N]: before `seen` from the ring, else from the new ones.
+
+    `pointers`: the head's ring, its stride, the head's new tokens, their stride.
+    """
+    ring, ring_stride, new, new_stride = pointers
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     slots = (tokens % RING_SIZE).to(tl.int64)[:, None] * ring_stride
     rows = (tokens - seen).to(tl.int64)[:, None] * new_stride
@@ -45,53 +51,42 @@ def load_tokens(
 
 # fmt: off
 @triton.jit
-def append_kernel(
-    q_ptr, k_ptr, v_ptr, k_core_ptr, v_core_ptr, k_raw_ptr, v_raw_ptr, seen_ptr,
-    q_strides, k_strides, v_strides, core_strides, raw_strides,
-    sizes,
+def append(
+    q_ptr, k_core_ptr, v_core_ptr, q_strides, core_strides, k_tokens, v_tokens,
+    part, core_head, batch, seen, end,
     NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, MEAN: tl.constexpr, SCALE_LOG2: tl.constexpr, BLOCK_T: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, MEAN: tl.constexpr, SCALE_LOG2: tl.constexpr,
+    Q_PER_CORE: tl.constexpr, CORES_PER_KV: tl.constexpr,
 ):
     # fmt: on
-    """Pool one group of one core head if this step completes it; one program of each key/value head fills the ring.
+    """Pool group number `part` of those that this step may complete; one program of each key/value head fills the ring.
 
     The ring slots that are written held tokens older than all that are pooled or visible: programs do not meet.
     """
-    core_head, batch = tl.program_id(1), tl.program_id(2)
-    max_tokens, cores_per_kv, q_per_core = sizes
-    seen = tl.load(seen_ptr + batch)
-    end = tl.minimum(seen + NUM_NEW, max_tokens)
-    kv_head = core_head // cores_per_kv
-    k_new, k_stride = k_ptr + offset((batch, kv_head), k_strides), k_strides[2]
-    v_new, v_stride = v_ptr + offset((batch, kv_head), v_strides), v_strides[2]
-    raw_offs, raw_stride = offset((batch, kv_head), raw_strides), raw_strides[2]
-    k_ring, v_ring = k_raw_ptr + raw_offs, v_raw_ptr + raw_offs
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-
-    if (tl.program_id(0) == 0) & (core_head % cores_per_kv == 0):
+    if (part == 0) & (core_head % CORES_PER_KV == 0):
         index = tl.arange(0, triton.next_power_of_2(NUM_NEW))
         kept = (index < NUM_NEW) & (seen + index < end)
-        slots = ((seen + index) % RING_SIZE).to(tl.int64)[:, None] * raw_stride + offs_d
-        rows = index.to(tl.int64)[:, None]
-        k = load_rows(k_new + rows * k_stride + offs_d, kept, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(v_new + rows * v_stride + offs_d, kept, HEAD_DIM, BLOCK_D, True)
-        store_rows(k_ring + slots, k, kept, HEAD_DIM, BLOCK_D)
-        store_rows(v_ring + slots, v, kept, HEAD_DIM, BLOCK_D)
+        k = load_tokens(k_tokens, seen + index, kept, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+        v = load_tokens(v_tokens, seen + index, kept, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+        slots = ((seen + index) % RING_SIZE).to(tl.int64)[:, None]
+        store_rows(k_tokens[0] + slots * k_tokens[1] + offs_d, k, kept, HEAD_DIM, BLOCK_D)
+        store_rows(v_tokens[0] + slots * v_tokens[1] + offs_d, v, kept, HEAD_DIM, BLOCK_D)
 
-    core = seen // GROUP_SIZE + tl.program_id(0)
+    core = seen // GROUP_SIZE + part
     if (core + 1) * GROUP_SIZE <= end:
         one = tl.zeros([1], tl.int32)
         last = one + ((core + 1) * GROUP_SIZE - 1 - seen)
-        q = mean_query(q_ptr, q_strides, batch, core_head * q_per_core, q_per_core, last, one == 0, HEAD_DIM, BLOCK_D)
+        q = mean_query(q_ptr, q_strides, batch, core_head * Q_PER_CORE, Q_PER_CORE, last, one == 0, HEAD_DIM, BLOCK_D)
         k_core, v_core = tl.zeros_like(q), tl.zeros_like(q)
         row_max, row_sum = tl.full([1], -float("inf"), q.dtype), tl.zeros([1], q.dtype)
+        BLOCK_T: tl.constexpr = min(POOL_TILE, triton.next_power_of_2(GROUP_SIZE))
         for start in range(0, GROUP_SIZE, BLOCK_T):
             offs_t = start + tl.arange(0, BLOCK_T)
             inside = offs_t < GROUP_SIZE
             tokens = core * GROUP_SIZE + offs_t
-            k = load_tokens(k_ring, raw_stride, k_new, k_stride, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
-            v = load_tokens(v_ring, raw_stride, v_new, v_stride, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
-            k, v = k.to(q.dtype), v.to(q.dtype)
+            k = load_tokens(k_tokens, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D).to(q.dtype)
+            v = load_tokens(v_tokens, tokens, inside, seen, RING_SIZE, HEAD_DIM, BLOCK_D).to(q.dtype)
             scores = tl.zeros([BLOCK_T], q.dtype) if MEAN else tl.sum(k * q, axis=1) * SCALE_LOG2
             new_max = tl.maximum(row_max, tl.max(tl.where(inside, scores, -float("inf")), axis=0))
             weights = tl.where(inside, tl.exp2(scores - new_max), 0.0)
@@ -107,10 +102,9 @@ def append_kernel(
 
 # fmt: off
 @triton.jit
-def decode_kernel(
-    q_ptr, k_core_ptr, v_core_ptr, k_raw_ptr, v_raw_ptr, seen_ptr, acc_ptr, stats_ptr,
-    q_strides, core_strides, raw_strides,
-    sizes,
+def attend_share(
+    q_ptr, k_core_ptr, v_core_ptr, acc_ptr, stats_ptr, q_strides, core_at, core_stride, k_tokens, v_tokens,
+    split, core_head, batch, seen, sizes,
     Q_PER_CORE: tl.constexpr, Q_PER_KV: tl.constexpr, NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
     SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -118,48 +112,46 @@ def decode_kernel(
     # fmt: on
     """One share of the cores of a core head, or of the raw tokens of a key/value head: its first core head's program.
 
-    A row of the tile is one new token of one query head that reads these keys. A row that sees none of them has the
-    sum 0, that of a token past `max_tokens` the sum NaN.
+    Shares are of tiles, dealt out in turn; the last program has the new tokens too, which are not in the ring yet. A
+    row of the tile of queries is one new token of one query head that reads these keys. A row that sees none of them
+    has the sum 0, that of a token past `max_tokens` the sum NaN.
     """
-    split, core_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q_heads, max_tokens = sizes
-    CORES_PER_KV: tl.constexpr = Q_PER_KV // Q_PER_CORE
     is_core = split < SPLITS_CORE
-    if (split >= SPLITS_CORE) & (core_head % CORES_PER_KV != 0):
-        return
-    seen = tl.load(seen_ptr + batch)
-    stop = tl.minimum(seen + NUM_NEW, max_tokens)
-    oldest = tl.where(is_core, 0, first_local(seen, GROUP_SIZE, WINDOW_SIZE))
-    newest = tl.where(is_core, visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop)
-    shares = tl.where(is_core, SPLITS_CORE, SPLITS_RAW)
-    share = tl.cdiv(tl.cdiv(newest - oldest, shares), BLOCK_K) * BLOCK_K
-    first = oldest + tl.where(is_core, split, split - SPLITS_CORE) * share
-    end = tl.minimum(first + share, newest)
-
     BLOCK_Q: tl.constexpr = max(16, triton.next_power_of_2(Q_PER_KV * NUM_NEW))
     rows, offs_d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
     head, index = core_head * Q_PER_CORE + rows // NUM_NEW, rows % NUM_NEW
     mask_q = rows < tl.where(is_core, Q_PER_CORE, Q_PER_KV) * NUM_NEW
+    q = load_rows(q_ptr + offset((batch, head, index), q_strides)[:, None] + offs_d, mask_q, HEAD_DIM, BLOCK_D, True)
     position = seen + index
     first_key = tl.where(is_core, 0, first_local(position, GROUP_SIZE, WINDOW_SIZE))
     end_key = tl.where(is_core, visible_cores(position, GROUP_SIZE, WINDOW_SIZE), position + 1)
-    q = load_rows(q_ptr + offset((batch, head, index), q_strides)[:, None] + offs_d, mask_q, HEAD_DIM, BLOCK_D, True)
-    core_at = offset((batch, core_head), core_strides)
-    raw_at = offset((batch, core_head // CORES_PER_KV), raw_strides)
-    k_head = tl.where(is_core, k_core_ptr + core_at, k_raw_ptr + raw_at)
-    v_head = tl.where(is_core, v_core_ptr + core_at, v_raw_ptr + raw_at)
-    key_stride = tl.where(is_core, tl.zeros((), tl.int64) + core_strides[2], tl.zeros((), tl.int64) + raw_strides[2])
+    end_of_new = tl.minimum(seen + NUM_NEW, max_tokens)
+    oldest = tl.where(is_core, 0, first_local(seen, GROUP_SIZE, WINDOW_SIZE))
+    newest = tl.where(is_core, visible_cores(end_of_new - 1, GROUP_SIZE, WINDOW_SIZE), seen)
+    first = oldest + tl.where(is_core, split, split - SPLITS_CORE) * BLOCK_K
+    step = tl.where(is_core, SPLITS_CORE, SPLITS_RAW) * BLOCK_K
+    k_head = tl.where(is_core, k_core_ptr + core_at, k_tokens[0])
+    v_head = tl.where(is_core, v_core_ptr + core_at, v_tokens[0])
+    key_stride = tl.where(is_core, tl.zeros((), tl.int64) + core_stride, tl.zeros((), tl.int64) + k_tokens[1])
 
     wide = acc_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_Q, BLOCK_D], wide)
     row_max, row_sum = tl.full([BLOCK_Q], -float("inf"), wide), tl.zeros([BLOCK_Q], wide)
-    for start in range(first, end, BLOCK_K):
+    if split == SPLITS_CORE + SPLITS_RAW - 1:
+        keys = seen + tl.arange(0, max(16, triton.next_power_of_2(NUM_NEW)))
+        k = load_tokens(k_tokens, keys, keys < end_of_new, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+        v = load_tokens(v_tokens, keys, keys < end_of_new, seen, RING_SIZE, HEAD_DIM, BLOCK_D)
+        last_key = tl.minimum(end_key, end_of_new)
+        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < last_key[:, None])
+        acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
+    for start in range(first, newest, step):
         keys = start + tl.arange(0, BLOCK_K)
         slots = tl.where(is_core, keys, keys % RING_SIZE)
         key_offs = slots.to(tl.int64)[:, None] * key_stride + offs_d
-        k = load_rows(k_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
-        v = load_rows(v_head + key_offs, keys < end, HEAD_DIM, BLOCK_D, True)
-        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, end)[:, None])
+        k = load_rows(k_head + key_offs, keys < newest, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_head + key_offs, keys < newest, HEAD_DIM, BLOCK_D, True)
+        visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, newest)[:, None])
         acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
     row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
     part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * (SPLITS_CORE + SPLITS_RAW) + split
@@ -170,32 +162,80 @@ def decode_kernel(
 
 # fmt: off
 @triton.jit
-def decode_merge_kernel(
-    acc_ptr, stats_ptr, out_ptr, seen_ptr, next_seen_ptr, out_strides, max_tokens,
-    NUM_NEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, k_core_ptr, v_core_ptr, k_raw_ptr, v_raw_ptr, seen_ptr, acc_ptr, stats_ptr,
+    q_strides, k_strides, v_strides, core_strides, raw_strides,
+    sizes,
+    Q_PER_CORE: tl.constexpr, CORES_PER_KV: tl.constexpr, NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    MEAN: tl.constexpr, SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # fmt: on
-    """Join the splits of one query head and new token; the first program of a row counts the new tokens.
+    """The programs 0 .. SPLITS - 1 of a core head attend to a share of the keys each, the others append.
 
-    Every row saw at least its own key, so the overall maximum is finite unless the inputs were not.
+    The raw tokens are for the first core head of each key/value head. Heads come first in the grid, so that those that
+    append start last: where there are more programs than processors, it is these that share one.
+    """
+    core_head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    SPLITS: tl.constexpr = SPLITS_CORE + SPLITS_RAW
+    if (part >= SPLITS_CORE) & (part < SPLITS) & (core_head % CORES_PER_KV != 0):
+        return
+    kv_head = core_head // CORES_PER_KV
+    core_at, raw_at = offset((batch, core_head), core_strides), offset((batch, kv_head), raw_strides)
+    k_new, v_new = k_ptr + offset((batch, kv_head), k_strides), v_ptr + offset((batch, kv_head), v_strides)
+    k_tokens = (k_raw_ptr + raw_at, raw_strides[2], k_new, k_strides[2])
+    v_tokens = (v_raw_ptr + raw_at, raw_strides[2], v_new, v_strides[2])
+    seen = tl.load(seen_ptr + batch)
+    if part >= SPLITS:
+        append(
+            q_ptr, k_core_ptr, v_core_ptr, q_strides, core_strides, k_tokens, v_tokens, part - SPLITS, core_head,
+            batch, seen, tl.minimum(seen + NUM_NEW, sizes[1]), NUM_NEW, RING_SIZE, HEAD_DIM, BLOCK_D, GROUP_SIZE, MEAN,
+            SCALE_LOG2, Q_PER_CORE, CORES_PER_KV,
+        )  # fmt: skip
+    else:
+        attend_share(
+            q_ptr, k_core_ptr, v_core_ptr, acc_ptr, stats_ptr, q_strides, core_at, core_strides[2], k_tokens, v_tokens,
+            part, core_head, batch, seen, sizes, Q_PER_CORE, Q_PER_CORE * CORES_PER_KV, NUM_NEW, RING_SIZE,
+            HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS_CORE, SPLITS_RAW, BLOCK_K,
+        )  # fmt: skip
+
+
+# fmt: off
+@triton.jit
+def decode_merge_kernel(
+    acc_ptr, stats_ptr, out_ptr, seen_ptr, next_seen_ptr, out_strides, max_tokens,
+    NUM_NEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+):
+    # fmt: on
+    """Join the shares of one query head and new token; the first program of a row counts the new tokens.
+
+    Every row saw at least its own key, so its overall maximum is finite unless the inputs were not.
     """
     row, batch = tl.program_id(0), tl.program_id(1)
     first = (batch.to(tl.int64) * tl.num_programs(0) + row) * SPLITS
+    BLOCK_S: tl.constexpr = min(triton.next_power_of_2(SPLITS), MERGE_TILE // BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    offs_s = tl.arange(0, triton.next_power_of_2(SPLITS))
-    top = tl.max(tl.load(stats_ptr + 2 * (first + offs_s), mask=offs_s < SPLITS, other=-float("inf")), axis=0)
-    acc = tl.zeros([BLOCK_D], acc_ptr.dtype.element_ty)
-    row_sum = tl.zeros((), acc_ptr.dtype.element_ty)
+    one = tl.zeros([1], tl.int32) == 0
+    wide = acc_ptr.dtype.element_ty
+    acc = tl.zeros([1, BLOCK_D], wide)
+    row_max, row_sum = tl.full([1], -float("inf"), wide), tl.zeros([1], wide)
     for start in range(0, SPLITS, BLOCK_S):
         offs = start + tl.arange(0, BLOCK_S)
         part, inside = first + offs, offs < SPLITS
-        weights = tl.exp2(tl.load(stats_ptr + 2 * part, mask=inside, other=-float("inf")) - top)
-        row_sum += tl.sum(weights * tl.load(stats_ptr + 2 * part + 1, mask=inside, other=0.0), axis=0)
+        tops = tl.load(stats_ptr + 2 * part, mask=inside, other=-float("inf"))
+        sums = tl.load(stats_ptr + 2 * part + 1, mask=inside, other=0.0)
         partial = load_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, inside, HEAD_DIM, BLOCK_D, True)
-        acc += tl.sum(weights[:, None] * partial, axis=0)
-    one = tl.zeros([1], tl.int32) == 0
+        new_max = tl.maximum(row_max, tl.max(tops, axis=0))
+        # no share so far had a key of this row: -inf - -inf is NaN
+        pivot = tl.where(new_max == -float("inf"), 0.0, new_max)
+        weights = tl.exp2(tops - pivot)
+        rescale = tl.exp2(row_max - pivot)
+        row_sum = row_sum * rescale + tl.sum(weights * sums, axis=0)
+        acc = acc * rescale[:, None] + tl.sum(weights[:, None] * partial, axis=0)[None, :]
+        row_max = new_max
     out_at = offset((batch, row // NUM_NEW, row % NUM_NEW), out_strides) + offs_d
-    store_rows(out_ptr + out_at, (acc / row_sum)[None, :], one, HEAD_DIM, BLOCK_D)
+    store_rows(out_ptr + out_at, acc / row_sum[:, None], one, HEAD_DIM, BLOCK_D)
     if row == 0:
         tl.store(next_seen_ptr + batch, tl.minimum(tl.load(seen_ptr + batch) + NUM_NEW, max_tokens))
 
@@ -263,7 +303,7 @@ def launch_decode(
     config: DecodeConfig,
     max_tokens: int,
 ) -> None:
-    """Append n new tokens to a row's state and fill `out` with what they see.
+    """Append n new tokens to a row's state and fill `out` with what they see, in steps of at most w tokens.
 
     Args:
         q, out: (B, Hq, n, D); k, v: (B, Hkv, n, D); any strides, last one 1.
@@ -274,28 +314,30 @@ def launch_decode(
         max_tokens: tokens that the cores have room for; further ones are not stored and their output is NaN.
     """
     _check_launch(q, k, k_core, v_core, k_raw, v_raw, spec)
+    for first in range(0, q.shape[2], spec.window_size):
+        new = tuple(x[:, :, first : first + spec.window_size] for x in (q, k, v, out))
+        state = (k_core, v_core, k_raw, v_raw, next_seen if first else seen, next_seen)
+        _launch_step(new + state, spec, config, max_tokens)
+
+
+def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfig, max_tokens: int) -> None:
+    """One step, of at most w tokens; `tensors` are those that `launch_decode` takes."""
+    q, k, v, out, k_core, v_core, k_raw, v_raw, seen, next_seen = tensors
     batch, q_heads, new, head_dim = q.shape
-    core_heads, splits = k_core.shape[1], config.splits_core + config.splits_raw
+    kv_heads, core_heads, splits = k.shape[1], k_core.shape[1], config.splits_core + config.splits_raw
     acc = q.new_empty(batch, q_heads, new, splits, head_dim, dtype=accumulator_dtype(q.dtype))
     stats = acc.new_empty(batch, q_heads, new, splits, 2)
     sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim)}
-    rule = {"RING_SIZE": k_raw.shape[2], "GROUP_SIZE": spec.group_size, "SCALE_LOG2": scale_log2(spec, head_dim)}
-    append_kernel[triton.cdiv(new, spec.group_size), core_heads, batch](
-        q, k, v, k_core, v_core, k_raw, v_raw, seen,
+    decode_kernel[core_heads, triton.cdiv(new, spec.group_size) + splits, batch](
+        q, k, v, k_core, v_core, k_raw, v_raw, seen, acc, stats,
         q.stride(), k.stride(), v.stride(), k_core.stride(), k_raw.stride(),
-        (max_tokens, core_heads // k.shape[1], q_heads // core_heads),
-        MEAN=spec.pooling == "mean", BLOCK_T=min(16, triton.next_power_of_2(spec.group_size)), **sizes, **rule,
-    )  # fmt: skip
-    decode_kernel[splits, core_heads, batch](
-        q, k_core, v_core, k_raw, v_raw, seen, acc, stats,
-        q.stride(), k_core.stride(), k_raw.stride(),
         (q_heads, max_tokens),
-        Q_PER_CORE=q_heads // core_heads, Q_PER_KV=q_heads // k.shape[1], WINDOW_SIZE=spec.window_size,
-        **sizes, **rule, **config.launch_args(),
+        Q_PER_CORE=q_heads // core_heads, CORES_PER_KV=core_heads // kv_heads, RING_SIZE=k_raw.shape[2],
+        GROUP_SIZE=spec.group_size, WINDOW_SIZE=spec.window_size, MEAN=spec.pooling == "mean",
+        SCALE_LOG2=scale_log2(spec, head_dim), **sizes, **config.launch_args(),
     )  # fmt: skip
     decode_merge_kernel[q_heads * new, batch](
-        acc, stats, out, seen, next_seen, out.stride(), max_tokens,
-        SPLITS=splits, BLOCK_S=min(triton.next_power_of_2(splits), MERGE_TILE // sizes["BLOCK_D"]), **sizes,
+        acc, stats, out, seen, next_seen, out.stride(), max_tokens, SPLITS=splits, **sizes,
     )  # fmt: skip
 
 
@@ -344,5 +386,5 @@ DECODE = Tunable(
     allocate=allocate,
     launch=launch,
     work=work,
-    kernels=(append_kernel, decode_kernel, decode_merge_kernel),
+    kernels=(decode_kernel, decode_merge_kernel),
 )

@@ -7,7 +7,7 @@ from .mutant import STEPS, Mutant, Patch, fault, small
 DECODE, STATE, FUSED = "kernels/decode.py", "cache_state.py", "fused.py"
 
 COMPLETES = "if (core + 1) * GROUP_SIZE <= end:"
-RAW_HEAD = "raw_at = offset((batch, core_head // CORES_PER_KV), raw_strides)"
+RAW_HEAD = "offset((batch, kv_head), raw_strides)"
 COUNT = """    if row == 0:
         tl.store(next_seen_ptr + batch, tl.minimum(tl.load(seen_ptr + batch) + NUM_NEW, max_tokens))"""
 SHORT = small(seq_len=17, group_size=3, window_size=2)
@@ -71,16 +71,11 @@ CACHE: dict[str, Mutant] = {
     ),
     "behind_the_newest_token": fault(
         "D4",
-        "decode reads the slot behind the newest token",
+        "decode reads the slot behind the newest token of the ring",
         Patch(
             DECODE,
-            "visible_cores(position, GROUP_SIZE, WINDOW_SIZE), position + 1)",
-            "visible_cores(position, GROUP_SIZE, WINDOW_SIZE), position + 2)",
-        ),
-        Patch(
-            DECODE,
-            "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop)",
-            "visible_cores(stop - 1, GROUP_SIZE, WINDOW_SIZE), stop + 1)",
+            "visible_cores(end_of_new - 1, GROUP_SIZE, WINDOW_SIZE), seen)",
+            "visible_cores(end_of_new - 1, GROUP_SIZE, WINDOW_SIZE), seen + 1)",
         ),
         check="dropped_tokens_leave_no_nan",
         case=STEPS,
@@ -116,8 +111,8 @@ CACHE: dict[str, Mutant] = {
         "all core heads of a key head store the new tokens: the same values, at the same time",
         Patch(
             DECODE,
-            "if (tl.program_id(0) == 0) & (core_head % cores_per_kv == 0):",
-            "if tl.program_id(0) == 0:",
+            "if (part == 0) & (core_head % CORES_PER_KV == 0):",
+            "if part == 0:",
         ),
         check="decode_memory",
         case=GROUPED,
@@ -144,8 +139,9 @@ CACHE: dict[str, Mutant] = {
         "a split without keys does not store its part, which the merge reads",
         Patch(
             DECODE,
-            "    end = tl.minimum(first + share, newest)\n",
-            "    end = tl.minimum(first + share, newest)\n    if first >= end:\n        return\n",
+            "    step = tl.where(is_core, SPLITS_CORE, SPLITS_RAW) * BLOCK_K\n",
+            "    step = tl.where(is_core, SPLITS_CORE, SPLITS_RAW) * BLOCK_K\n"
+            "    if (first >= newest) & (split < SPLITS_CORE):\n        return\n",
         ),
         check="decode_memory",
         case=GROUPED,

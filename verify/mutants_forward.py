@@ -19,7 +19,7 @@ LOAD = "return tl.load(pointers, mask=mask[:, None], other=0.0)"
 STORE = "tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)"
 POOL_QUERY = "        last = q_base + offs_c * GROUP_SIZE + GROUP_SIZE - 1"
 POOL_SCORES = "tl.zeros([BLOCK_C, BLOCK_T], wide) if MEAN else tl.sum(k * q[:, None, :], axis=2) * SCALE_LOG2"
-SPLIT_WEIGHTS = """weights = tl.exp2(tl.load(stats_ptr + 2 * part, mask=inside, other=-float("inf")) - top)"""
+SPLIT_WEIGHTS = "weights = tl.exp2(tops - pivot)"
 ONE_HOT = small(head_dim=32)
 
 FORWARD: dict[str, Mutant] = {
@@ -151,12 +151,7 @@ FORWARD: dict[str, Mutant] = {
     "splits_averaged": fault(
         "F7",
         "decode normalises each split on its own and takes the mean",
-        Patch(
-            DECODE,
-            SPLIT_WEIGHTS,
-            "own = tl.load(stats_ptr + 2 * part + 1, mask=inside, other=0.0)\n"
-            "        weights = tl.where(own > 0, 1.0 / own, 0.0)",
-        ),
+        Patch(DECODE, SPLIT_WEIGHTS, "weights = tl.where(sums > 0, 1.0 / sums, 0.0)"),
         check="decode_equals_prefill",
         case=STEPS,
     ),

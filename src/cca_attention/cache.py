@@ -146,7 +146,7 @@ class CCACache:
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append n >= 1 tokens to every row and return what their queries see, (B, Hq, n, D) in q's dtype.
 
-        Arguments and errors are those of `prefill`. Three launches for up to ``rollback + 1`` tokens.
+        Arguments and errors are those of `prefill`. Two launches for up to ``rollback + 1`` tokens.
         """
         self._check(q, k, v)
         if q.shape[2] == 0:
