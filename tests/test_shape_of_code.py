@@ -25,7 +25,6 @@ ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {"profiles/places.py": 'os.environ.get(ENVIRONMENT, "")'}  # in which folders profiles are
 READS_ENVIRONMENT["autotune/host.py"] = 'os.environ["CUDA_VISIBLE_DEVICES"] = handle'  # written: a worker's one GPU
 
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
