@@ -17,6 +17,8 @@ PROBLEMS = [
     for (t, g, w), heads in product(((257, 4, 48), (300, 16, 64), (96, 8, 200)), ("query", "kv"))
 ]
 
+SIZED = Problem(q_heads=8, kv_heads=2, seq_len=1024, head_dim=128, group_size=16, window_size=256)
+
 
 def seen(problem: Problem) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Which query (a row) sees which core, and which raw token."""
@@ -102,3 +104,10 @@ def test_equal_programs_go_in_waves() -> None:
     same = Walk(np.full(10, 3), np.full(10, 1), 2, 16, 16)
     assert [same.busiest(slots, 1.0) for slots in (20, 19, 10, 1)] == [5.0, 10.0, 10.0, 100.0]
     assert same.edge_share == 0.25
+
+
+def test_one_function_of_every_kernel_has_a_walk() -> None:
+    for name, tunable in tunables("sm_90").items():
+        legal = next(config for config, refusal in tunable.candidates(SIZED) if refusal is None)
+        walks = [walk_of(function.fn.__name__, SIZED, legal) for function in tunable.kernels]
+        assert sum(walk is not None for walk in walks) == 1, name
