@@ -38,6 +38,10 @@ class ProfileError(ValueError):
     """A profile file that cannot be used; the message says what is wrong with it, all at once."""
 
 
+class ProfileNotFound(ProfileError, LookupError):
+    """No profile of that name; the message says what is there instead, or which command makes one."""
+
+
 class _Stop(Exception):
     """A mistake after which the rest of the file means nothing."""
 
@@ -231,7 +235,7 @@ def read_data(path: Path) -> bytes:
     """The bytes of a file, of a large one only so many that it is seen to be too large. Raises `ProfileError`."""
     try:
         if not path.is_file():
-            raise ProfileError(f"{path} is not a file")
+            raise ProfileNotFound(f"{path} is not a file" if path.exists() else f"there is no profile file {path}")
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:

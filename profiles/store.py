@@ -19,7 +19,7 @@ from .configs import KERNEL_ABI
 from .identity import SemanticBlock, Semantics, plain
 from .layout import laid_out
 from .places import Place, Report, bundled_folder, current_folder, places, refuse, user_folder
-from .reading import ProfileError, parse_header, parse_profile, read_data, read_profile
+from .reading import ProfileError, ProfileNotFound, parse_header, parse_profile, read_data, read_profile
 from .schema import SCHEMA, Entry, KernelSource, Profile, tune_command
 
 __all__ = [
@@ -32,10 +32,6 @@ _MAY_BE_EMPTY = ("policy", "search", "pareto", "resources", "failed", "dtypes", 
 SAYS_SO_WITHIN = 4096
 """Bytes in which a file has to say that it is a profile."""
 _SCHEMA_LINE = re.compile(rb"^schema:\s*['\"]?cca-profile/", re.MULTILINE)
-
-
-class ProfileNotFound(ProfileError, LookupError):
-    """No profile of that name; the message says which command makes one."""
 
 
 def load_profile(name: str | Path, mode: Mode = "checked") -> Profile:
@@ -53,8 +49,6 @@ def load_profile(name: str | Path, mode: Mode = "checked") -> Profile:
         ProfileError: for a file that is not a valid profile, with every mistake in it.
     """
     if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise ProfileNotFound(f"there is no profile file {name}")
         return read_profile(Path(name), mode)
     wanted = plain(_name_at_hand() if name == "auto" else name)
     looked = places() if name == "auto" else [current_folder(), *places()]

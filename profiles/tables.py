@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .compare import Cell, Staleness
 from .places import Place
-from .reading import ProfileError, read_profile
+from .reading import ProfileError, parse_profile
 from .schema import Profile
-from .store import profile_files
+from .store import profiles_in
 
 Row = dict[str, str]
 
@@ -35,11 +35,12 @@ def config_in_words(config: Mapping[str, object]) -> str:
 
 def file_rows(looked: Sequence[Place]) -> tuple[list[Row], list[str]]:
     """A row for each profile in these places, and what is wrong with those that are damaged."""
-    rows, errors = [], []
-    for place, path in profile_files(looked):
+    rows: list[Row] = []
+    errors: list[str] = []
+    for place, path, data in profiles_in(looked, lambda error: errors.append(str(error))):
         row = {"place": place.what, "file": str(path), "gpu": "", "model": "", "entries": "damaged"}
         try:
-            found = read_profile(path)
+            found = parse_profile(data, str(path))
         except ProfileError as error:
             errors.append(str(error))
         else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -97,7 +99,7 @@ def test_explain_says_which_config_and_why(cca: Any) -> None:
         (2, "--format must be one of vllm", ["export", "a100", "--format", "xml", "--output", "x"]),
         (2, "--output a100.yaml is not a folder", ["export", "a100", "--format", "vllm", "--output", "a100.yaml"]),
         (2, "there is no directory nowhere", ["merge", "a100.yaml", "--output", "nowhere/x.yaml"]),
-        (1, "none.yaml is not a file", ["stale", "none.yaml"]),
+        (2, "there is no profile file none.yaml", ["stale", "none.yaml"]),
         (2, "gpt-9", ["coverage", "a100.yaml", "--models", "gpt-9"]),
     ],
 )  # fmt: skip
@@ -188,3 +190,26 @@ def test_on_a_terminal_there_is_a_table(cca: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     code, out, _ = cca("show", "a100")
     assert code == 0 and "┃" in out and "\t" not in out
+
+
+@pytest.mark.parametrize("command", ["validate", "coverage", "stale", "show", "merge --output new.yaml"])
+def test_what_is_no_file_is_wrong_usage(cca: Any, command: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    for name, said in (("none.yaml", "there is no profile file none.yaml"), ("folder.yaml", "is not a file")):
+        code, out, err = cca(*command.split(), name)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+    assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), OSError(28, "No space left on device", "new.yaml")], ids=repr)
+def test_a_merge_that_is_broken_off_leaves_what_was_there(
+    cca: Any, raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old.yaml").write_text(TEXT)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=raised))
+    code, out, err = cca("merge", "a100.yaml", "--output", "old.yaml")
+    assert (code, out, err.count("\n")) == (130 if isinstance(raised, KeyboardInterrupt) else 2, "", 1)
+    assert (tmp_path / "old.yaml").read_text() == TEXT and sorted(path.name for path in tmp_path.iterdir()) == before
+    code, _, err = cca("export", "a100.yaml", "--format", "fla", "--output", "out")
+    assert code in (2, 130) and err.count("\n") == 1

@@ -67,8 +67,7 @@ def show(source: Source, as_json: AsJson = False) -> int:
     typer.echo(
         f"{found.source}: {found.device.name} ({found.device.arch}), {semantics_in_words(found)}, {software}", err=True
     )
-    rows = entry_rows(found)
-    return _print(rows, as_json=False)
+    return _print(entry_rows(found), as_json=False)
 
 
 @app.command()
@@ -118,13 +117,8 @@ def _explain(kernel: str, problem: Problem, source: str, mode: Any, as_json: boo
     except ProfileMismatch as error:
         raise Refused(str(error), WRONG) from error
     distance = "" if found.distance is None else f"{found.distance:g} doublings"
-    row = {
-        "kernel": kernel,
-        "problem": str(problem),
-        "config": config_in_words(asdict(found.config)),
-        "level": found.level,
-    }
-    row |= {"from": found.source, "distance": distance, "because": "; ".join(found.reasons)}
+    row = {"kernel": kernel, "problem": str(problem), "config": config_in_words(asdict(found.config))}
+    row |= {"level": found.level, "from": found.source, "distance": distance, "because": "; ".join(found.reasons)}
     if as_json:
         typer.echo(json.dumps({**row, "config": asdict(found.config), "reasons": list(found.reasons)}, indent=2))
         return OK
@@ -134,13 +128,13 @@ def _explain(kernel: str, problem: Problem, source: str, mode: Any, as_json: boo
 @app.command()
 def validate(files: Files, as_json: AsJson = False) -> int:
     """Check files against the schema; every mistake is listed with its line."""
-    from .profiles.reading import ProfileError, read_profile
+    from .profiles.reading import ProfileError, parse_profile, read_data
     from .profiles.tables import evidence_in_words
 
     rows = []
-    for path in files:
+    for path, data in [(path, _or_refuse(partial(read_data, path))) for path in files]:
         try:
-            found = read_profile(path)
+            found = parse_profile(data, str(path))
         except ProfileError as error:
             rows.append({"file": str(path), "valid": "no", "entries": "", "mistakes": str(error)})
         else:
@@ -215,7 +209,6 @@ def export_profile(
 ) -> int:
     """Write a profile as other projects' loaders read it; the folder gets the layout that they look for."""
     from .profiles.export import FORMATS, export
-    from .profiles.store import write_text
 
     if form not in FORMATS:
         raise Refused(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
@@ -223,10 +216,7 @@ def export_profile(
         raise Refused(f"--output {output} is not a folder")
     exported = export(_load(source), form)
     for name, text in exported.files.items():
-        path = output / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-        typer.echo(str(path))
+        typer.echo(str(_or_refuse(partial(_write, output / name, text))))
     for what in exported.left_out:
         typer.echo(f"left out: {what}", err=True)
     return OK if exported.files else WRONG
@@ -282,10 +272,20 @@ def _or_refuse(call: Callable[[], T]) -> T:
 
     try:
         return call()
+    except OSError as error:
+        raise Refused(f"{error.filename or 'the file'}: {error.strerror or error}") from error
     except (ValueError, LookupError) as error:
         is_damaged = isinstance(error, ProfileError) and not isinstance(error, ProfileNotFound)
         message = str(error.args[0]).replace("seq_len must", "--ctx must").replace("q_heads must", "--heads must")
         raise Refused(message, WRONG if is_damaged else None) from error
+
+
+def _write(path: Path, text: str) -> Path:
+    from .profiles.store import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
 
 
 def _read(path: Path) -> Profile:
