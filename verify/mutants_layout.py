@@ -36,7 +36,7 @@ LAYOUT: dict[str, Mutant] = {
     "last_head_unwritten": fault(
         "F12",
         "the grid is one head short",
-        Patch(FORWARD_FILE, "forward_kernel[tiles, q_heads, batch](", "forward_kernel[tiles, q_heads - 1, batch]("),
+        Patch(FORWARD_FILE, "forward_kernel, (tiles, q_heads, batch)", "forward_kernel, (tiles, q_heads - 1, batch)"),
         check="forward_memory",
     ),
     "heads_dealt_out_in_turns": fault(

@@ -267,7 +267,8 @@ def cca_attention(
     chosen = choose_backend(backend, q)
     if q.dtype == torch.float64 and chosen == "triton" and q.is_cuda:
         raise TypeError("q must be float16, bfloat16 or float32 on CUDA, got torch.float64")
-    packed, handle, records = cu_seqlens is not None, register_profile(profile), _records(q, k, v)
+    packed = cu_seqlens is not None
+    handle, records = register_profile(profile), _records(q, k, v)
     bounds, factor = cu_seqlens if packed else seq_bounds, spec.softmax_scale(q.shape[3])
     if backend == "auto" and bounds is None and not (return_lse or records) and is_dense(q, spec):
         return causal_attention(q, k, v, factor)
