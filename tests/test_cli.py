@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,6 +24,7 @@ from cca_attention.autotune.progress import Request
 from cca_attention.autotune.strategies import STRATEGIES
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
+from cca_attention.profiles.resolve import resolve
 from cca_attention.profiles.store import load_profile, read_profile
 from cca_attention.terminal import INTERRUPTED, NO_DEVICE, OK, USAGE, WRONG, Refused
 
@@ -265,6 +267,13 @@ def test_ctrl_c_ends_a_run_with_its_own_code_and_keeps_what_is_done(tmp_path: Pa
     assert any(line["key"]["phase"] == "compile" for line in lines)
 
 
+def test_ctrl_c_before_anything_was_begun_is_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_problems", Mock(side_effect=KeyboardInterrupt))
+    assert refusal(capsys, "--ctx", "64") == (INTERRUPTED, "interrupted before anything was begun")
+
+
 def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
     shape = "--heads 2 --kv-heads 1 --head-dim 32 --group-size 4 --window-size 16 --dtype fp16 --ctx 8192"
     options = ["--gpu", "a100", "--kernels", "pooling", "--candidates", "2", "--json", *shape.split()]
@@ -280,6 +289,9 @@ def test_a_real_kernel_from_the_command_to_its_launch(tmp_path: Path) -> None:
     profile = load_profile("a100")
     schedule = profile.schedule(Problem(**run["problem"]))
     assert {name: vars_of(config) for name, config in schedule.items()} == {"pooling": pooling["chosen"]}
+    found = resolve("pooling", Problem(**run["problem"]), profile="a100-80gb.yaml")
+    assert vars_of(found.config) == pooling["chosen"] and found.level == "modelled", found
+    assert found.entry is not None and found.entry.verification is not None
 
 
 def vars_of(config: Any) -> dict[str, int]:

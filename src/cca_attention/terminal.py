@@ -20,6 +20,7 @@ Nothing heavy is imported here, nor should it be at the top of a command's modul
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -52,6 +53,10 @@ class _FirstByDefault(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = next(iter(self.commands))
         is_named = args[:1] and args[0] in self.commands
+        if args and not is_named and not ctx.resilient_parsing and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(list(self.commands)[1:])}"
+            raise Refused(f"there is no command {args[0]!r}{hint}")
         return super().parse_args(ctx, args if is_named or (ctx.resilient_parsing and not args) else [first, *args])
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
@@ -125,7 +130,10 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None, usage:
     # typer keeps click's exceptions in different places from version to version
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     try:
-        return int(app(arguments, prog_name=name, standalone_mode=False) or OK)
+        code = int(app(arguments, prog_name=name, standalone_mode=False) or OK)
+        if code == INTERRUPTED:  # typer's own answer to an interrupt; ours are refusals
+            return fail(name, "interrupted before anything was begun", INTERRUPTED)
+        return code
     except usage_error as error:
         return fail(name, error.format_message(), usage)  # type: ignore[attr-defined]
     except Refused as error:
