@@ -39,7 +39,7 @@ def attention_function(
     if not isinstance(mask, Mask):
         raise ValueError(f"attention_mask must be (batch, tokens), true for real tokens, got {tuple(mask.shape)}")
     if not settings.covers(module.layer_idx):  # type: ignore[arg-type]
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # beside the class
+        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # beside the class
         kept = own if settings.replaces == "eager" else ALL_ATTENTION_FUNCTIONS[settings.replaces]
         return kept(module, query, key, value, mask.kept, **options)  # type: ignore[no-any-return]
     for name, refusal in _REFUSED.items():
