@@ -99,8 +99,8 @@ def recommend(
     """
     problems = semantics.grid(request.problem, *sizes)
     small = semantics.small_enough(problems, limits)
-    say(f"{len(small)} of {len(problems)} pairs of group and window size are small enough; errors are proxies")
     data = semantics.generated(request.problem) if qkv is None else read_activations(qkv)
+    say(f"{len(small)} of {len(problems)} pairs of group and window size are small enough; errors are proxies")
     say(f"taking errors on {semantics.length(data)} tokens: {', '.join(data)}")
     judged = semantics.long_enough(small, data)
     if len(judged) < len(small):

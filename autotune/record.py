@@ -11,7 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from .. import __version__
+from ..problem import Problem
+from ..profiles.configs import as_config
+from .devices import find_device
+from .front import Point
 from .keys import config_fields
 from .progress import Progress
 from .search import Trial
@@ -21,8 +27,93 @@ SCHEMA = "cca-run/1"
 FOLDER = "runs"
 
 
+Fields = dict[str, int]
+"""A config's."""
+
+
 class RecordError(ValueError):
     """A file that is no record of a run; the message says what is wrong."""
+
+
+class _Trial(BaseModel):
+    config: Fields
+    time_us: float | None
+    predicted_us: float | None
+    parts: dict[str, float]
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    refusal: str | None
+
+
+class _Lost(BaseModel):
+    config: Fields
+    outcome: str
+    message: str
+
+
+class _Kernel(BaseModel):
+    legal: int
+    refused: int
+    compiled: int
+    timed: int
+    ruled_out: dict[str, int]
+    dropped: dict[str, int]
+    failed: dict[str, int]
+    quarantined: list[_Lost]
+    chosen: Fields | None
+    time_us: float | None
+    default: Fields
+    default_time_us: float | None
+    measurement: dict[str, Any] | None
+    trouble: str | None
+    trials: list[_Trial]
+    rounds: list[dict[str, float | None]]
+
+
+class _Run(BaseModel):
+    problem: dict[str, int | str]
+    kernels: dict[str, _Kernel]
+
+
+class _Front(BaseModel):
+    points: list[Point]
+    front: list[Point]
+    knee: Point
+    preferred: Point
+    data: str
+
+
+class _Peer(BaseModel):
+    what: str
+    system: str
+    problem: dict[str, int | str]
+    status: str
+    ms: float | None
+    note: str
+
+
+class _Record(BaseModel):
+    """What the readers of a record rely on; more may be in it."""
+
+    created: str
+    version: str
+    device: str
+    evidence: str
+    profile: str | None
+    semantics: _Front | None
+    runs: list[_Run]
+    peers: list[_Peer] = []
+
+    def check(self) -> None:
+        """Raise ValueError or LookupError for a GPU, problem, kernel or config that this version has not."""
+        find_device(self.device)
+        for run in self.runs:
+            Problem(**run.problem)  # type: ignore[arg-type]
+            for name, kernel in run.kernels.items():
+                tried = [trial.config for trial in (*kernel.trials, *kernel.quarantined)]
+                for config in (kernel.default, *filter(None, [kernel.chosen]), *tried):
+                    as_config(name, config)
 
 
 def record_of(session: Session) -> dict[str, Any]:
@@ -72,18 +163,30 @@ def write_record(record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file.
+def read_record(path: Path, *, known: bool = True) -> dict[str, Any]:
+    """The record in a file. `known`: whether its GPU, kernels and configs must be those of this version.
 
     Raises:
         RecordError: for a file that cannot be read, or is something else.
     """
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not isinstance(record.get("runs"), list):
-        raise RecordError(f"{path} is no record of cca-tune: it has no schema {SCHEMA!r} with its runs")
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecordError(f"{path} is no record of cca-tune: {error}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise RecordError(f"{path} is no record of cca-tune, or one of another version: it has no schema {SCHEMA!r}")
+    try:
+        found = _Record.model_validate(record)
+        if known:
+            found.check()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{path} is damaged: {where}: {first['msg']}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise RecordError(f"{path} is of another version: {error.args[0]}") from error
     return record
 
 

@@ -80,3 +80,27 @@ def test_no_words_at_all_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as ended:
         cli.tune_main([])
     assert ended.value.code == 2 and "--ctx" in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["explian"], "there is no command 'explian'; did you mean explain?"),
+        (["4096"], "there are "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.tune_main(words)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--max-kv-ratio=0.1", "--max-error=1", "--prefer=memory", "--qkv=x", "--group-sizes=4", "--window-sizes=64"],
+)
+def test_what_would_do_nothing_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.tune_main(["--gpu", "a100", "--ctx", "4096", option])
+    name = option.partition("=")[0]
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2, f"cca-tune: {name} is for --search-semantics, which is not given\n",
+    )  # fmt: skip

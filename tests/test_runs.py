@@ -25,7 +25,6 @@ from cca_attention.autotune.front import Point
 from cca_attention.autotune.measure import Timing
 from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.page import as_html
-from cca_attention.autotune.plan_quality import plan_quality, spearman
 from cca_attention.autotune.predict import Prediction
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.record import RecordError, latest, read_record, record_of, write_record
@@ -105,6 +104,30 @@ def test_a_file_that_is_no_record(tmp_path: Path, text: str, capsys: pytest.Capt
     assert (code, out, err.count("\n")) == (USAGE, "", 1) and "cca-tune: " in err and "run.json" in err
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda r: r["runs"].append({}), "is damaged: runs.1.problem: Field required"),
+        (
+            lambda r: r["runs"][0]["kernels"]["harmful"].pop("trials"),
+            "is damaged: runs.0.kernels.harmful.trials: Field",
+        ),
+        (lambda r: r.update(device="gtx9"), "is of another version: unknown GPU 'gtx9'"),
+        (lambda r: r["runs"][0]["kernels"].update(x=r["runs"][0]["kernels"]["harmful"]), "no kernel is called 'x'"),
+        (lambda r: r["runs"][0]["kernels"]["harmful"]["chosen"].update(x=1), "wrong here: x"),
+        (lambda r: r["runs"][0]["problem"].update(head_dim=0), "is of another version: head_dim"),
+    ],
+)
+@pytest.mark.parametrize("command", ["explain", "replay", "report"])
+def test_a_damaged_record_is_one_line(
+    toy: Any, tmp_path: Path, command: str, spoil: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads(json.dumps(made(toy, tmp_path)))
+    spoil(record)
+    code, out, err = run(capsys, command, str(write_record(record, tmp_path)))
+    assert (code, out, err.count("\n")) == (USAGE, "", 1) and said in err
+
+
 def test_explain_says_why(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_record(made(toy, tmp_path), tmp_path)
     code, out, _ = run(capsys, "explain", "--cache-dir", str(tmp_path))
@@ -126,27 +149,6 @@ def test_explain_without_a_measurement_or_a_choice(toy: Any, tmp_path: Path) -> 
     kernel = record["runs"][0]["kernels"]["harmful"]
     kernel["chosen"], kernel["trouble"] = None, "no config runs"
     assert "nothing was chosen: no config runs" in "\n".join(explanation(record))
-
-
-def test_a_plan_is_as_good_as_its_order() -> None:
-    def kernel(*pairs: tuple[float | None, float | None]) -> dict[str, Any]:
-        return {"trials": [{"predicted_us": p, "time_us": t, "refusal": None} for p, t in pairs]}
-
-    good = plan_quality(kernel((1, 10), (2, 20), (3, 30), (None, 1), (0.5, None)))
-    assert good is not None and (good.configs, good.correlation, good.regret) == (3, 1.0, 1.0)
-    bad = plan_quality(kernel((3, 10), (2, 20), (1, 30)))
-    assert bad is not None and (bad.correlation, bad.regret) == (-1.0, 3.0)
-    assert plan_quality(kernel((1, 1), (2, 2))) is None
-    out = kernel((1, 10), (2, 20), (3, 30), (0.1, 99))
-    out["trials"][-1]["refusal"] = "wrong"
-    assert plan_quality(out) == good
-
-
-def test_rank_correlation() -> None:
-    assert spearman([1, 2, 2, 3], [10, 20, 20, 90]) == pytest.approx(1)
-    assert spearman([1, 1, 1], [1, 2, 3]) == 0
-    # by hand: squared differences of ranks sum to 8, 1 - 6*8/(5*24)
-    assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 5, 3]) == pytest.approx(1 - 6 * 8 / 120)
 
 
 def test_diff_says_what_moved(toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -36,13 +37,15 @@ OPTIONS = {
     "seq_len": "--ctx", "batch": "--batch", "q_heads": "--heads", "kv_heads": "--kv-heads", "head_dim": "--head-dim",
     "group_size": "--group-size", "window_size": "--window-size", "core_heads": "--core-heads", "pooling": "--pooling",
 }  # fmt: skip
+OF_THE_SEARCH = ("group_sizes", "window_sizes", "max_kv_ratio", "max_error", "prefer", "qkv")
 EPILOG = """Example: cca-tune --gpu a100 --ctx 131072
 
 It writes a100-80gb.yaml: predicted on a machine without that GPU, measured on one with it. Another:
 cca-tune --model llama3.1-8b --ctx 4096..131072 --phase prefill,decode --budget 10m
 
 In two steps: cca-tune plan --gpu h200 --ctx 131072, and on that GPU cca-tune confirm h200.yaml.
-Finished runs and known GPUs: cca-tune devices, explain, diff, replay, report (each with --help).
+Finished runs and known GPUs: cca-tune devices, explain, diff, replay, report (each with --help). A model's
+activations for --qkv: cca-tune capture.
 
 Exit codes: 0 done; 1 a kernel has no config that passed verification; 2 wrong usage, nothing was begun;
 3 no usable GPU; 130 interrupted, what was finished is kept and the same command goes on from there."""
@@ -99,6 +102,9 @@ def tune(
 
 
 def _begin(given: dict[str, Any]) -> int:
+    idle = [name for name in OF_THE_SEARCH if given[name] != inspect.signature(tune).parameters[name].default]
+    if idle and not given["search_semantics"]:
+        raise Refused(f"--{idle[0].replace('_', '-')} is for --search-semantics, which is not given")
     problems = _problems(given)
     device = _device(given["gpu"], given["devices"], given["ray"])
     output = given["output"] or Path(f"{device.name}.yaml")
@@ -112,11 +118,9 @@ def tune_main(arguments: Sequence[str] | None = None) -> None:
     from . import cli_plan
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    others = (cli_plan, cli_runs)
-    asked = [other.app for other in others if given[:1] and given[0] in other.COMMANDS]
-    # a shell that completes gives no arguments
-    whole = joined(app, *(other.app for other in others)) if not given else app
-    sys.exit(run_app(asked[0] if asked else whole, "cca-tune", given))
+    # a shell that completes gives no arguments; without a command it is to tune
+    tunes = given[:1] != [] and given[0].startswith("-")
+    sys.exit(run_app(app if tunes else joined(app, cli_plan.app, cli_runs.app), "cca-tune", given))
 
 
 def _problems(given: dict[str, Any]) -> list[tuple[Bucket, Problem]]:

@@ -18,13 +18,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 app = new_app()
 
 
-def _record(run: Path | None, cache_dir: Path | None) -> dict[str, Any]:
+def _record(run: Path | None, cache_dir: Path | None, *, known: bool = True) -> dict[str, Any]:
     from platformdirs import user_cache_path
 
     from .autotune.record import RecordError, latest, read_record
 
     try:
-        return read_record(run or latest(cache_dir or user_cache_path("cca-attention")))
+        return read_record(run or latest(cache_dir or user_cache_path("cca-attention")), known=known)
     except RecordError as error:
         raise Refused(str(error)) from error
 
@@ -88,7 +88,7 @@ def diff(
     """Say what one run chose otherwise than another, and which times moved by more than the margin."""
     from .autotune.explain import differences
 
-    lines = list(differences(_record(old, None), _record(new, None)))
+    lines = list(differences(_record(old, None, known=False), _record(new, None, known=False)))
     for line in lines:
         typer.echo(line)
     return WRONG if lines else OK
