@@ -7,17 +7,20 @@ graph. Position p lies in the ring at ``p % RING_SIZE``. Tokens from position `m
 output is NaN.
 
 No program waits for another: new tokens are read where the caller put them, and a step is of at most `window_size`
-tokens, so that none of them sees a group that the step completes.
+tokens, so that none of them sees a group that the step completes. With EARLY each launch may begin before the one
+ahead of it has ended, and waits for that before it reads or writes anything (programmatic dependent launch).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..problem import Problem
 from ..spec import CCASpec
@@ -108,6 +111,7 @@ def attend_share(
     Q_PER_CORE: tl.constexpr, Q_PER_KV: tl.constexpr, NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
     SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # fmt: on
     """One share of the cores of a core head, or of the raw tokens of a key/value head: its first core head's program.
@@ -153,6 +157,8 @@ def attend_share(
         v = load_rows(v_head + key_offs, keys < newest, HEAD_DIM, BLOCK_D, True)
         visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, newest)[:, None])
         acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
+    if EARLY:
+        gdc_launch_dependents()
     row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
     part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * (SPLITS_CORE + SPLITS_RAW) + split
     store_rows(acc_ptr + part[:, None] * HEAD_DIM + offs_d, acc, mask_q, HEAD_DIM, BLOCK_D)
@@ -169,7 +175,7 @@ def decode_kernel(
     Q_PER_CORE: tl.constexpr, CORES_PER_KV: tl.constexpr, NUM_NEW: tl.constexpr, RING_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_SIZE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
     MEAN: tl.constexpr, SCALE_LOG2: tl.constexpr, SPLITS_CORE: tl.constexpr, SPLITS_RAW: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):
     # fmt: on
     """The programs 0 .. SPLITS - 1 of a core head attend to a share of the keys each, the others append.
@@ -177,6 +183,8 @@ def decode_kernel(
     The raw tokens are for the first core head of each key/value head. Heads come first in the grid, so that those that
     append start last: where there are more programs than processors, it is these that share one.
     """
+    if EARLY:
+        gdc_wait()
     core_head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SPLITS: tl.constexpr = SPLITS_CORE + SPLITS_RAW
     if (part >= SPLITS_CORE) & (part < SPLITS) & (core_head % CORES_PER_KV != 0):
@@ -197,7 +205,7 @@ def decode_kernel(
         attend_share(
             q_ptr, k_core_ptr, v_core_ptr, acc_ptr, stats_ptr, q_strides, core_at, core_strides[2], k_tokens, v_tokens,
             part, core_head, batch, seen, sizes, Q_PER_CORE, Q_PER_CORE * CORES_PER_KV, NUM_NEW, RING_SIZE,
-            HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS_CORE, SPLITS_RAW, BLOCK_K,
+            HEAD_DIM, BLOCK_D, GROUP_SIZE, WINDOW_SIZE, SCALE_LOG2, SPLITS_CORE, SPLITS_RAW, BLOCK_K, EARLY,
         )  # fmt: skip
 
 
@@ -205,13 +213,16 @@ def decode_kernel(
 @triton.jit
 def decode_merge_kernel(
     acc_ptr, stats_ptr, out_ptr, seen_ptr, next_seen_ptr, out_strides, max_tokens,
-    NUM_NEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    NUM_NEW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):
     # fmt: on
     """Join the shares of one query head and new token; the first program of a row counts the new tokens.
 
     Every row saw at least its own key, so its overall maximum is finite unless the inputs were not.
     """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()  # not before: the next step's programs would crowd onto the processors that were free
     row, batch = tl.program_id(0), tl.program_id(1)
     first = (batch.to(tl.int64) * tl.num_programs(0) + row) * SPLITS
     BLOCK_S: tl.constexpr = min(triton.next_power_of_2(SPLITS), MERGE_TILE // BLOCK_D)
@@ -329,7 +340,10 @@ def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfi
     kv_heads, core_heads, splits = k.shape[1], k_core.shape[1], config.splits_core + config.splits_raw
     acc = q.new_empty(batch, q_heads, new, splits, head_dim, dtype=accumulator_dtype(q.dtype))
     stats = acc.new_empty(batch, q_heads, new, splits, 2)
-    sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim)}
+    early = _can_start_early(q.device)
+    sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim), "EARLY": early}
+    if early:
+        sizes["launch_pdl"] = True
     decode_kernel[core_heads, triton.cdiv(new, spec.group_size) + splits, batch](
         q, k, v, k_core, v_core, k_raw, v_raw, seen, acc, stats,
         q.stride(), k.stride(), v.stride(), k_core.stride(), k_raw.stride(),
@@ -341,6 +355,13 @@ def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfi
     decode_merge_kernel[q_heads * new, batch](
         acc, stats, out, seen, next_seen, out.stride(), max_tokens, SPLITS=splits, **sizes,
     )  # fmt: skip
+
+
+@cache
+def _can_start_early(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launch, which came with compute capability 9.0."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _check_launch(
