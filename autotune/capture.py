@@ -81,10 +81,10 @@ def _loaded(path: Path, dtype: str | None) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder, where = path, {"local_files_only": True, "trust_remote_code": False}
+    folder, where = path, dict[str, Any](local_files_only=True, trust_remote_code=False)
     if path.is_file():
-        folder, where = path.parent, {**where, "gguf_file": path.name}
-    options = {"dtype": DTYPES[dtype] if dtype else "auto", "attn_implementation": "sdpa"}
+        folder, where["gguf_file"] = path.parent, path.name
+    options: dict[str, Any] = {"dtype": DTYPES[dtype] if dtype else "auto", "attn_implementation": "sdpa"}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options, **where)
         tokenizer = AutoTokenizer.from_pretrained(folder, **where)

@@ -111,7 +111,7 @@ class _Record(BaseModel):
         for run in self.runs:
             Problem(**run.problem)  # type: ignore[arg-type]
             for name, kernel in run.kernels.items():
-                tried = [trial.config for trial in (*kernel.trials, *kernel.quarantined)]
+                tried = [trial.config for trial in kernel.trials] + [lost.config for lost in kernel.quarantined]
                 for config in (kernel.default, *filter(None, [kernel.chosen]), *tried):
                     as_config(name, config)
 
