@@ -18,6 +18,7 @@ from .binary import Resources
 from .compile import Launch
 from .devices import Device
 from .predict import predict
+from .search import Trial, preference
 from .tile_model import Constants
 from .traits import Traits
 
@@ -63,6 +64,11 @@ class Timed:
     launches: tuple[tuple[Launch, Resources], ...]
     us: float
 
+    @property
+    def preference(self) -> tuple[int, int, tuple[int, ...]]:
+        """What decides among configs of equal predictions."""
+        return preference(Trial(self.config, tuple(resources for _, resources in self.launches)))
+
     def predicted_us(self, device: Device, constants: Constants | None = None) -> float:
         """The model's time on `device`."""
         return predict(device, self.problem, self.config, self.work, self.launches, constants).total_us
@@ -105,10 +111,10 @@ def judged(cell: Sequence[Timed], device: Device, short: int, constants: Constan
     """
     if len(cell) < LEAST:
         raise ValueError(f"a cell must have at least {LEAST} configs, got {len(cell)}")
-    pairs = sorted((timed.predicted_us(device, constants), timed.us) for timed in cell)
-    predicted, times = zip(*pairs, strict=True)
+    ranked = sorted((timed.predicted_us(device, constants), timed.preference, timed.us) for timed in cell)
+    predicted, _, times = zip(*ranked, strict=True)
     best = min(times)
-    return Judged(len(pairs), spearman(predicted, times), times[0] / best, short_regret=min(times[:short]) / best)
+    return Judged(len(ranked), spearman(predicted, times), times[0] / best, short_regret=min(times[:short]) / best)
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """The stated cost model: what a compiled config should take on a GPU that is not there.
 
-A compiled kernel whose programs walk over tiles is modelled pass by pass, in `tile_model`. Any other, and one that is
-not compiled yet, is bounded by its slowest resource. Each term is a time in microseconds if that alone counted:
+A kernel whose programs walk over tiles is modelled pass by pass, in `tile_model`. Any other is bounded by its slowest
+resource. Each term is a time in microseconds if that alone counted:
 
 - tensor: operations over the peak rate (of the tensor cores; of the vector units for float32, or without a product);
 - issue: instructions that warps go through in their loops, one a clock and scheduler; before the kernel is compiled,
@@ -46,8 +46,6 @@ EXTRA_LAUNCH_US = 4.0
 HBM_SHARE = 0.7
 """Of the peak rate of device memory, what a kernel that streams through it reaches."""
 SCHEDULERS = 4
-ASSUMED_REGISTERS = 90
-"""What addresses, masks and operands take besides the live tiles, in an estimate without a compiled kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +73,6 @@ def blocks_per_sm(device: Device, resources: Resources) -> int:
         device.shared_bytes_per_sm // max(1, resources.shared_bytes),
     )
     return 0 if resources.shared_bytes > device.shared_bytes_per_block else min(limits)
-
-
-def estimated(device: Device, launch: Launch, config: Config) -> Resources:
-    """What the kernel will take at least, from its Triton IR alone."""
-    threads = config.num_warps * device.threads_per_warp
-    wanted = launch.traits.live_bytes // (4 * threads) + ASSUMED_REGISTERS
-    registers = min(wanted, device.registers_per_thread)
-    shared = max(1, config.num_stages - 1) * launch.traits.stage_bytes
-    spilled = 4 * (wanted - registers)
-    return Resources(launch.kernel, shared, registers, spilled, config.num_warps, 0, 2 * spilled)
 
 
 def predict(
@@ -128,7 +116,8 @@ def _walked(
     parts = {f"{name}_us": us * one.groups * clocks for name, clocks in terms.items()}
     parts |= {"hbm_us": hbm, "exposed_us": us * one.own, "quantisation": passes / mean}
     parts |= {"warps_per_scheduler": one.groups, "passes": passes}
-    return smooth_max(us * one.clocks, hbm), parts
+    dispatch = launch.programs / device.clock_mhz  # one a clock, of the whole GPU
+    return smooth_max(us * one.clocks, hbm) + dispatch, {**parts, "dispatch_us": dispatch}
 
 
 def _bounded(
@@ -149,6 +138,12 @@ def _bounded(
     return (slowest + exposed) * quantisation, parts
 
 
+def _passes(problem: Problem, config: Config, launch: Launch) -> float:
+    """Passes of all programs through the loop of a kernel without products."""
+    walk = walk_of(launch.kernel, problem, config)
+    return launch.programs * (1.0 if walk is None else float(walk.total.mean()))
+
+
 def _operations_per_us(device: Device, problem: Problem, products: bool) -> float:
     on_tensor_cores = products and problem.element_bytes == 2
     return (device.tensor_tflops if on_tensor_cores else device.fp32_tflops) * 1e6
@@ -160,9 +155,7 @@ def _terms(
     traits = launch.traits
     clocks = device.sm_count * device.clock_mhz  # of all SMs, in a microsecond
     products = traits.dot_flops > 0
-    walk = None if products else walk_of(launch.kernel, problem, config)
-    each = 1.0 if walk is None else float(walk.total.mean())
-    passes = work.flops / traits.dot_flops if products else launch.programs * each
+    passes = work.flops / traits.dot_flops if products else _passes(problem, config, launch)
     loaded = passes * traits.load_bytes if products else work.bytes
     operands = (
         work.flops * problem.element_bytes / (2 * _rows_of_a_reader(device, launch, resources)) if products else 0

@@ -11,7 +11,8 @@ from ..problem import Problem
 from .binary import Resources
 from .compile import Sketch
 from .devices import Device
-from .predict import blocks_per_sm, estimated, predict
+from .estimate import estimated
+from .predict import blocks_per_sm, predict
 
 Shortage = Literal["shared memory", "registers", "spills"]
 MAX_SPILL_BYTES = 2048
@@ -73,8 +74,9 @@ def shortage(device: Device, resources: tuple[Resources, ...]) -> Shortage | Non
 
 def estimate_us(device: Device, problem: Problem, tunable: Tunable, config: Config, sketch: Sketch) -> float:
     """The model's time of a config that is not compiled."""
-    launches = [(launch, estimated(device, launch, config)) for launch in sketch.launches]
-    return predict(device, problem, config, tunable.work(problem, config), launches).total_us
+    work = tunable.work(problem, config)
+    launches = [(launch, estimated(device, problem, config, work, launch)) for launch in sketch.launches]
+    return predict(device, problem, config, work, launches).total_us
 
 
 def distinct(sketches: Mapping[Config, Sketch]) -> dict[Config, Sketch]:

@@ -8,7 +8,7 @@ where `groups` of four warps are resident on the SM. What they share, the tensor
 for in turn: `shared` is a group's. What a group waits for alone, its own instructions one after the other, moves of
 spilled registers, barriers, loads that were not begun early enough, hides behind the others: `own` is paid once.
 A program costs a start besides, and programs go to the first slot that is free. Hopper's own kernels stay on their SM
-and hand on tiles through a ring, which hides nearly all that is their own, but for a ring of two.
+and hand on tiles through a ring, which hides nearly all that is their own, but for that of a short ring.
 
 `shared` of tensor cores: operations at the peak rate. A product of a warp group is slower if it is narrow, since it
 reads 64 rows whatever its columns, and on Hopper a single warp's reaches less than half of the peak.
@@ -44,8 +44,9 @@ class Constants:
     exp2: factor on exponentials. issue_shared, issue: of an instruction, shared and own. spill: of a move of spilled
     registers. loop: of barriers and waiting; coupling: of those with each further group of the block. load: of a load
     that is waited for, with load_rate: its bytes a clock; second_stage: of one begun a pass earlier; per_load: of each
-    of its instructions. ring: of a ring of two on Hopper; unhidden: the share of what is own that a ring does not hide.
-    start: of a program, with outside and outside_spill: of each instruction and move outside of the loops.
+    of its instructions. ring: of a ring of two on Hopper, of which a longer one has a sixteenth for each tile more;
+    unhidden: the share of what is own that a ring does not hide. start: of a program, with outside and outside_spill:
+    of each instruction and move outside of the loops.
     """
 
     narrow: float
@@ -68,14 +69,14 @@ class Constants:
 
 
 REUSED = Constants(
-    narrow=38.34, warp_tensor=2.889, exp2=1.546, issue_shared=0.0, issue=0.8839, spill=28.93, loop=173.7,
-    coupling=215.4, load=357.4, load_rate=51.61, second_stage=254.2, per_load=3.786, ring=352.8, unhidden=0.07968,
-    start=2447.0, outside=6.402, outside_spill=44.79,
+    narrow=38.15, warp_tensor=2.882, exp2=1.536, issue_shared=0.0, issue=0.9018, spill=28.87, loop=171.2,
+    coupling=218.0, load=359.3, load_rate=51.85, second_stage=254.0, per_load=3.757, ring=364.6, unhidden=0.07813,
+    start=2300.0, outside=6.338, outside_spill=44.82,
 )  # fmt: skip
 """Of kernels whose tiles many programs read: they come from the L2 cache."""
 STREAMED = Constants(
-    narrow=0.0, warp_tensor=0.0, exp2=0.0, issue_shared=0.8233, issue=1.7, spill=12.28, loop=388.3, coupling=0.0,
-    load=1356.0, load_rate=69.28, second_stage=868.1, per_load=0.0, ring=0.0, unhidden=0.0, start=4233.0,
+    narrow=0.0, warp_tensor=0.0, exp2=0.0, issue_shared=0.8003, issue=1.741, spill=11.85, loop=407.4, coupling=0.0,
+    load=1335.0, load_rate=64.12, second_stage=868.7, per_load=0.0, ring=0.0, unhidden=0.0, start=4034.0,
     outside=0.0, outside_spill=0.0,
 )  # fmt: skip
 """Of decoding, which reads every tile once: they come from device memory."""
@@ -110,7 +111,7 @@ def pass_of(
     spills = (1 - edge) * r.tile_spills + edge * r.edge_spills
     own = c.issue * instructions + c.spill * spills + c.loop + c.coupling * (groups - 1)
     if persistent:
-        own = c.unhidden * own + (c.ring if config.num_stages == 2 else 0.0)
+        own = c.unhidden * own + c.ring / 16 ** (config.num_stages - 2)
     else:
         own += _load_clocks(problem, config, r, walk, c)
     outside = 0.0 if persistent else c.outside * r.outside_instructions + c.outside_spill * r.outside_spills

@@ -116,7 +116,7 @@ def table_lines(cells: dict[Cell, list[Timed]], device: Device) -> list[str]:
                 quality for (name, p), quality in found.items()
                 if (name, p.seq_len, p.group_size, p.window_size) == (kernel, length, g, w)
             ]  # fmt: skip
-            row.append(f"{here[0].regret:.2f}, {here[0].short_regret:.2f}, {here[0].correlation:.2f}" if here else "")
+            row.append(f"{here[0].regret:.2f}, {here[0].short_regret:.2f}, {here[0].correlation:.2f}" if here else "not timed")
         lines.append(f"| `{kernel}` | {length} | {' | '.join(row)} |")
     return lines
 

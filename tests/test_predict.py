@@ -10,8 +10,9 @@ import pytest
 from cca_attention.autotune.binary import Resources, loop_costs, tile_costs
 from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import Device, device_table, find_device
+from cca_attention.autotune.estimate import estimated
 from cca_attention.autotune.measure import Timing
-from cca_attention.autotune.predict import Prediction, blocks_per_sm, estimated, predict, roofline_us
+from cca_attention.autotune.predict import Prediction, blocks_per_sm, predict, roofline_us
 from cca_attention.autotune.search import Trial, ranked
 from cca_attention.autotune.space import MAX_SPILL_BYTES, certain_shortage, distinct, shortage
 from cca_attention.autotune.traits import Traits, read_traits
@@ -210,8 +211,9 @@ def test_what_does_not_fit_is_known_after_compiling() -> None:
 
 
 def test_an_estimate_grows_into_spills() -> None:
-    small = estimated(A100, LAUNCH, replace(CONFIG, num_warps=8))
-    large = estimated(A100, LAUNCH, CONFIG)
+    other = replace(LAUNCH, kernel="another_kernel")
+    small = estimated(A100, PROBLEM, replace(CONFIG, num_warps=8), WORK, other)
+    large = estimated(A100, PROBLEM, CONFIG, WORK, other)
     assert small.spill_bytes == 0 and small.registers < 255
     assert large.spill_bytes > 0 and large.registers == 255
 

@@ -86,12 +86,12 @@ def test_products_of_single_warps_are_slow_on_hopper_alone() -> None:
         assert (warp > 1.5 * group) == slow
 
 
-def test_a_ring_of_two_stalls_and_a_longer_one_does_not() -> None:
+def test_a_ring_of_two_stalls_and_a_longer_one_hardly_does() -> None:
     two, three, four = (
         predicted("forward_hopper", {"num_warps": 4, "num_stages": n, "block_k": 64}, grid=(132, 1, 1)).total_us
         for n in (2, 3, 4)
     )
-    assert two > three == four
+    assert two > 1.05 * three > 1.05 * four > 0.98 * three
 
 
 def test_decoding_is_bounded_by_device_memory_or_by_its_longest_share() -> None:
@@ -116,6 +116,6 @@ def test_no_prediction_is_below_the_roofline(device: Device) -> None:
 def test_the_parts_make_the_total() -> None:
     found = predicted()
     terms = sum(found.parts[f"{name}_us"] for name in ("tensor", "exp2", "issue", "exposed"))
-    assert found.total_us == pytest.approx(smooth_max(terms, found.parts["hbm_us"]))
+    assert found.total_us == pytest.approx(smooth_max(terms, found.parts["hbm_us"]) + found.parts["dispatch_us"])
     assert found.parts["quantisation"] >= 1 and found.parts["further_launches_us"] == 0
     assert smooth_max(3.0, 4.0) == pytest.approx(smooth_max(4.0, 3.0)) and 4.0 < smooth_max(3.0, 4.0) < 4.4
