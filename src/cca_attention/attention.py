@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import fused
@@ -204,7 +205,7 @@ class _Attention(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(once_differentiable(_differentiate))
 
 
 def _records(q: Tensor, k: Tensor, v: Tensor) -> bool:

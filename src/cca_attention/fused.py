@@ -197,7 +197,8 @@ def backward(
     launch_delta(out, dout, dlse, delta)
     dq, dk, dv = empty(q), empty(k), empty(v)
     dk_core, dv_core = core_gradients_in(dq, k_core, spec.group_size, lse.dtype)
-    core_gradients((q, k_core, v_core, dout, lse, delta, dk_core, dv_core), spec, sequences, configs)
+    if k_core.shape[2]:
+        core_gradients((q, k_core, v_core, dout, lse, delta, dk_core, dv_core), spec, sequences, configs)
     call: dict[str, Any] = {"spec": spec, "sequences": sequences}
     pool_delta = torch.empty_like(pool_lse)
     if spec.pooling != "mean":
