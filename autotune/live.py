@@ -189,7 +189,7 @@ def state_table(kernels: Sequence[Progress], width: int) -> Table:
 
 def space_lines(kernels: Sequence[Progress]) -> list[str]:
     """Why configs were not compiled, and what was wrong with others, over all kernels."""
-    unfit = sum((k.ruled_out for k in kernels), Counter[str]())
+    unfit = sum((Counter(k.ruled_out) for k in kernels), Counter[str]())
     parts = [
         f"{unfit.total()} cannot fit ({counted(unfit)})" if unfit else "",
         f"{same} launch what another does" if (same := sum(k.same for k in kernels)) else "",

@@ -116,4 +116,6 @@ def counted(counter: Counter[str]) -> str:
 
 def trouble_kinds(kernel: Progress) -> Counter[str]:
     """What was wrong with configs that were compiled, and how many of each kind there are."""
-    return kernel.dropped + kernel.failed + Counter(reason.outcome for reason in list(kernel.quarantined.values()))
+    # copies, since a live display asks while a run goes on
+    outcomes = Counter(reason.outcome for reason in list(kernel.quarantined.values()))
+    return Counter(kernel.dropped) + Counter(kernel.failed) + outcomes
