@@ -52,6 +52,8 @@ GPUS = "a100-80gb,a100-40gb,h100-sxm,h200,l40s,rtx4090,b200,rtx5090,mi300x"
 MODELS = ("llama2-7b", "llama3.1-8b", "llama3.1-70b", "qwen2.5-7b", "qwen3-8b", "mistral-7b")
 CONTEXTS = tuple(4096 * 2**step for step in range(9))  # 4K to 1M
 LIMIT_S = 180.0
+TAKEN = [name for name, field in KernelResources.model_fields.items() if field.is_required()]
+"""What a kernel takes of its GPU; what else is known of it only the cost model asks for."""
 
 Compiled = tuple[Tunable, Problem, Interval, Sketch, tuple[Resources, ...]]
 
@@ -121,7 +123,7 @@ def entry_of(
         config=asdict(config),
         evidence="modelled" if predicted else "default",
         predicted=predicted,
-        resources=tuple(KernelResources(**asdict(kernel)) for kernel in resources),
+        resources=tuple(KernelResources(**{name: getattr(kernel, name) for name in TAKEN}) for kernel in resources),
         baseline=Baseline(config=asdict(config), time_us=predicted.total_us if predicted else None),
     )
 

@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from .choice import Mode
 from .configs import KERNEL_ABI
+from .evidence import KernelResources
 from .identity import SemanticBlock, Semantics, plain
 from .layout import laid_out
 from .places import Place, Report, bundled_folder, current_folder, places, refuse, user_folder
@@ -28,7 +29,8 @@ __all__ = [
 ]  # fmt: skip
 
 _EVIDENCE_RANK = {"default": 0, "modelled": 1, "transferred": 2, "measured": 3}
-_MAY_BE_EMPTY = ("policy", "search", "pareto", "resources", "failed", "dtypes", "layouts")
+_COUNTS = (name for name, field in KernelResources.model_fields.items() if not field.is_required())
+_MAY_BE_EMPTY = {"policy", "search", "pareto", "resources", "failed", "dtypes", "layouts", *_COUNTS}
 SAYS_SO_WITHIN = 4096
 """Bytes in which a file has to say that it is a profile."""
 _SCHEMA_LINE = re.compile(rb"^schema:\s*['\"]?cca-profile/", re.MULTILINE)
