@@ -64,7 +64,7 @@ def read_resources(compiled: Any) -> Resources:
     return Resources(kernel=metadata.name, shared_bytes=metadata.shared, num_warps=metadata.num_warps, **usage)
 
 
-def _of_cubin(cubin: bytes) -> dict[str, int]:
+def _of_cubin(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -108,7 +108,7 @@ def _spans(code: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
     return instructions, sorted(spans)
 
 
-def tile_costs(code: str) -> dict[str, int]:
+def tile_costs(code: str) -> dict[str, Any]:
     """The figures of `Resources` for the walks over tiles, from NVIDIA assembly; none without a product in a loop.
 
     Of the innermost loops that hold products the shortest walks over whole tiles, the longest over those at an edge.
@@ -137,7 +137,7 @@ def tile_costs(code: str) -> dict[str, int]:
     }
 
 
-def _of_amdgcn(text: str) -> dict[str, int]:
+def _of_amdgcn(text: str) -> dict[str, Any]:
     """From the assembly's own notes; its loops are not looked at, so spills count as if all were in one."""
     spill_bytes = _figure(text, r"\.private_segment_fixed_size:\s*(\d+)")
     registers = _figure(text, r"\.vgpr_count:\s*(\d+)")

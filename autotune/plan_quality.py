@@ -79,10 +79,10 @@ Cell = tuple[str, Problem]
 
 
 def read_sweep(path: Path) -> dict[Cell, list[Timed]]:
-    """The configs of a sweep (gzipped JSON lines), by the choice that they are candidates of."""
+    """The configs of a sweep (gzipped JSON lines) that were timed, by the choice that they are candidates of."""
     cells: dict[Cell, list[Timed]] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for timed in map(_timed, map(json.loads, lines)):
+        for timed in (_timed(row) for row in map(json.loads, lines) if "why" not in row):
             cells.setdefault((timed.kernel, timed.problem), []).append(timed)
     return cells
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -110,14 +110,14 @@ def table_lines(cells: dict[Cell, list[Timed]], device: Device) -> list[str]:
     heads = " | ".join(f"g = {g}, w = {w}" for g, w in sizes)
     lines = [f"| kernel | T | {heads} |", "|---" * (2 + len(sizes)) + "|"]
     for kernel, length in dict.fromkeys(sorted((kernel, problem.seq_len) for kernel, problem in found)):
-        row: list[Any] = []
+        row: list[str] = []
         for g, w in sizes:
             here = [
                 quality for (name, p), quality in found.items()
                 if (name, p.seq_len, p.group_size, p.window_size) == (kernel, length, g, w)
             ]  # fmt: skip
-            row.append(f"{here[0].regret:.2f}, {here[0].short_regret:.2f}, {here[0].correlation:.2f}" if here else "not timed")
-        lines.append(f"| `{kernel}` | {length} | {' | '.join(row)} |")
+            row.append(", ".join(f"{x:.2f}" for q in here for x in (q.regret, q.short_regret, q.correlation)))
+        lines.append(f"| `{kernel}` | {length} | {' | '.join(cell or 'not timed' for cell in row)} |")
     return lines
 
 

@@ -1,15 +1,16 @@
 """Time every config that a plan could choose, on the GPU at hand: what the plan's quality is judged by.
 
-    python benchmarks/plan_sweep.py --output sweep.jsonl --budget 400
+    python benchmarks/plan_sweep.py --output sweep.jsonl.gz --budget 400
 
 Every legal config of every kernel is compiled in worker processes, as cca-tune does; while they compile, those that are
 done and fit are timed, in shuffled rounds with a cold L2 cache, after their output was compared with the built-in
-config's. A config slower than twice the best is timed once. One JSON line a config and problem, written as soon as its
-kernel is done, so that a run whose budget ends has a balanced part; a config without a time says why.
+config's. One slower than twice the best is timed in the first round alone. One JSON line a config and problem, written
+as soon as its kernel is done, so that a run whose budget ends has a balanced part; a config without a time says why.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import queue
 import random
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -197,7 +198,7 @@ class Sweep:
     """The run: a thread compiles, this one times what is ready and writes it."""
 
     def __init__(self, device: Device, output: Path, budget_s: float, workers: int) -> None:
-        self._device, self._file, self._workers = device, output.open("a", encoding="utf-8"), workers
+        self._device, self._output, self._workers = device, output, workers
         self._ends = time.monotonic() + budget_s
         self._ready: queue.Queue[tuple[Unit, dict[Config, Any]] | None] = queue.Queue()
 
@@ -207,13 +208,13 @@ class Sweep:
 
     def run(self) -> None:
         """Compile and time everything, or what the budget allows."""
-        with Pool(1, jobs.no_setup, renew=True) as timer:
+        with Pool(1, jobs.no_setup, renew=True) as timer, gzip.open(self._output, "at", encoding="utf-8") as lines:
             compiling = threading.Thread(target=self._compile, daemon=True)
             compiling.start()
             while (item := self._ready.get()) is not None:
                 for role, problem in item[0].part.each():
                     if self.left() > 8.0:
-                        self._time(*item, role, problem, timer)
+                        self._time(*item, role, problem, timer, lines)
             compiling.join()
 
     def _compile(self) -> None:
@@ -234,7 +235,9 @@ class Sweep:
                     break
         self._ready.put(None)
 
-    def _time(self, unit: Unit, compiled: dict[Config, Any], role: str, problem: Problem, timer: Pool) -> None:
+    def _time(
+        self, unit: Unit, compiled: dict[Config, Any], role: str, problem: Problem, timer: Pool, lines: TextIO
+    ) -> None:
         tunable, number = unit.tunable, [p for _, p in unit.part.each()].index(problem)
         samples: dict[Config, list[float]] = {c: [] for c, found in compiled.items() if not isinstance(found, str)}
         why = {config: found for config, found in compiled.items() if isinstance(found, str)}
@@ -242,14 +245,17 @@ class Sweep:
         for round_ in range(ROUNDS):
             random.Random(round_).shuffle(live)
             self._round(tunable, problem, live, samples, why, timer, first=round_ == 0)
-            times = {config: median(us) for config, us in samples.items() if us and config not in why}
+            times = {config: min(us) for config, us in samples.items() if us and config not in why}
             live = [config for config, us in times.items() if us <= SLOW * min(times.values())]
         for config, found in compiled.items():
-            made = {} if isinstance(found, str) else found[number]
-            row = {"kernel": tunable.name, "role": role, "problem": problem.as_dict(), "config": asdict(config), **made}
-            row |= {"work": asdict(tunable.work(problem, config)), "us": samples.get(config), "why": why.get(config)}
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+            row = {"kernel": tunable.name, "role": role, "problem": problem.as_dict(), "config": asdict(config)}
+            if config in why:
+                row["why"] = why[config]
+            else:
+                row |= {**found[number], "work": asdict(tunable.work(problem, config))}
+                row |= {"us": round(median(samples[config]), 2), "samples": len(samples[config])}
+            lines.write(json.dumps(row) + "\n")
+        lines.flush()
         typer.echo(f"{tunable.name}, {problem}: {len(samples)} timed, {len(why)} not; {self.left():.0f} s left")
 
     def _round(
@@ -258,7 +264,7 @@ class Sweep:
     ) -> None:  # fmt: skip
         """One sample of each config, of more launches where they are short."""
         best = min((median(us) for us in samples.values() if us), default=0.0)
-        launches = 1 if first or best > 5e3 else 2 if best > 1e3 else 4
+        launches = 2 if first else 1 if best > 5e3 else 2 if best > 1e3 else 4
         where = (tunable.config.__module__, tunable.name, problem, tunable.default(problem, self._device.arch))
         for config in live:
             ((_, outcome),) = timer.run([Job(None, sample, (*where, config, launches))], SAMPLE_S)
