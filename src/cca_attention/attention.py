@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import fused
@@ -180,6 +179,18 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+class _Backward(torch.autograd.Function):
+    """The backward where its result is to be differentiated again, which is refused instead of left out."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        return _backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> Any:
+        raise RuntimeError("cca_attention has no second derivative: its backward cannot be differentiated")
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, bounds, *ctx.options = inputs
     ctx.set_materialize_grads(False)
@@ -189,7 +200,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: None) -> tuple[Any, ...]:
     q, k, v, bounds, out, lse, k_core, v_core, pool_lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = _backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, bounds, *ctx.options)
+    derive = _Backward.apply if torch.is_grad_enabled() else _backward
+    grads = derive(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, bounds, *ctx.options)
     return (*grads, None, *(None for _ in ctx.options))
 
 
@@ -205,7 +217,7 @@ class _Attention(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_differentiate))
+    backward = staticmethod(_differentiate)
 
 
 def _records(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -285,5 +297,4 @@ def is_dense(q: Tensor, spec: CCASpec) -> bool:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """CCA attention of sequences in which no query sees a core token (spec section 2), by PyTorch."""
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
