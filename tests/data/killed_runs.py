@@ -27,6 +27,7 @@ from cca_attention.autotune.keys import Keys
 from cca_attention.autotune.pool import Done, Failed, Job
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.search import Trial
+from cca_attention.autotune.stations import Station
 from cca_attention.autotune.tune import _put_out
 from cca_attention.problem import Problem
 
@@ -56,7 +57,7 @@ def run(folder: Path, report: int) -> Progress:
     watch: Any = lambda _: os.write(report, b".")  # noqa: E731
     with Journal(folder) as journal:
         contest = Contest(request, journal, Keys(request.device, PROBLEM, "a card"), lambda *_: None, _put_out, watch)
-        contest.run(kernel, Here(), float("inf"))  # type: ignore[arg-type]
+        contest.run(kernel, Station("0", Here()), float("inf"))  # type: ignore[arg-type]
     return kernel
 
 
