@@ -161,7 +161,7 @@ def test_what_cannot_be_confirmed_is_refused_with_one_line(
     monkeypatch.setattr(cli, "_chosen_tunables", lambda *_: (toy.HARMFUL,))
     path = tmp_path / "plan.yaml"
     for content, said in (
-        (None, f"{path} is not a file"),
+        (None, str(path)),
         ("milk: 2\n", f"{path} is not a profile"),
         (plan_of(toy, cache)[1], f"{path} is a plan for a100-80gb, which is not in this machine"),
     ):
