@@ -196,7 +196,8 @@ def backward(
     delta = torch.empty_like(lse)
     launch_delta(out, dout, dlse, delta)
     dq, dk, dv = empty(q), empty(k), empty(v)
-    dk_core, dv_core = core_gradients_in(dq, k_core, spec.group_size, lse.dtype)
+    room = spec.group_size if sequences.table is None else 0  # packed and padded groups begin anywhere in dq
+    dk_core, dv_core = core_gradients_in(dq, k_core, room, lse.dtype)
     if k_core.shape[2]:
         core_gradients((q, k_core, v_core, dout, lse, delta, dk_core, dv_core), spec, sequences, configs)
     call: dict[str, Any] = {"spec": spec, "sequences": sequences}
