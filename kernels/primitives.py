@@ -192,7 +192,7 @@ def core_gradient_offsets(
     if PART == 0:
         slots = cores + (q_base // GROUP_SIZE if LAYOUT == PACKED else 0)
         return offset((batch, core_head, slots), strides)[:, None] + offs_d[None, :]
-    at = offset((batch, core_head, cores), strides)
+    at = offset((batch, core_head, cores), strides) + q_base.to(tl.int64) * strides[3]
     return at[:, None] + (offs_d // PART * strides[3] + offs_d % PART)[None, :]
 
 
