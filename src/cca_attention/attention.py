@@ -113,7 +113,7 @@ def _forward(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    spec = _spec(group_size, window_size, core_heads, pooling, scale)
     if backend == "eager":
         out, lse, k_core, v_core = eager.forward(q, k, v, spec, bounds=bounds, packed=packed)
         return out, lse, k_core, v_core, lse.new_zeros(k_core.shape[:3])
@@ -122,7 +122,6 @@ def _forward(
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))
 
 
-@torch.library.register_fake("cca_attention::forward", lib=LIBRARY)
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -140,6 +139,9 @@ def _forward_fake(
     spec = CCASpec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
     pooled = spec.num_groups if backend == "eager" else partial(fused.groups_to_pool, spec)
     return _empty_results(q, k, v, spec, pooled(q.shape[2]))
+
+
+torch.library.register_fake("cca_attention::forward", _forward_fake, lib=LIBRARY)
 
 
 @_operator
@@ -164,7 +166,7 @@ def _backward(
     backend: str,
     profile: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec = _spec(group_size, window_size, core_heads, pooling, scale)  # type: ignore[arg-type]
+    spec = _spec(group_size, window_size, core_heads, pooling, scale)
     if 0 in q.shape:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
@@ -174,9 +176,11 @@ def _backward(
     return fused.backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
 
 
-@torch.library.register_fake("cca_attention::backward", lib=LIBRARY)
 def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+torch.library.register_fake("cca_attention::backward", _backward_fake, lib=LIBRARY)
 
 
 class _Backward(torch.autograd.Function):
