@@ -7,7 +7,9 @@ there is none.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ if not HAS_GPU:
     os.environ[INTERPRET] = "1"  # triton reads it when it is imported, which is below
     torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist has a process for each core
 
+from cca_attention.kernels.tunable import Tunable  # noqa: E402
 from cca_attention.verify.inputs import poisoned_memory  # noqa: E402
 from cca_attention.verify.interpreter import patch_language_once_per_launch  # noqa: E402
 from cca_attention.verify.property_run import COMMON, PROFILES  # noqa: E402
@@ -50,6 +53,16 @@ def poison() -> Iterator[None]:
     """Fresh memory is NaN in every test."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The toy kernel's module, also on the path of worker processes."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
+    import toy_tunable
+
+    yield toy_tunable
+    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,10 @@ import triton
 from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
 from cca_attention.autotune.pool import Done, Failed, Job, Pool
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 
 DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=256, head_dim=64)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +22,11 @@ from cca_attention.autotune.remaining import USUAL_S, Remaining, standing
 from cca_attention.autotune.report import choice_table, reasons
 from cca_attention.autotune.search import Trial
 from cca_attention.autotune.tune import Tuner
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 
 DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
 WIDTHS = (60, 80, 120)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def shown(width: int, *what: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from cca_attention.autotune.progress import Progress, Request, plan
 from cca_attention.autotune.result import profile_of
 from cca_attention.autotune.search import ranked
 from cca_attention.autotune.tune import Tuner
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
 from cca_attention.profiles.schema import Profile
@@ -27,16 +24,6 @@ from cca_attention.terminal import OK, USAGE
 
 DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 @pytest.fixture

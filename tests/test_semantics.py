@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,21 +31,10 @@ from cca_attention.autotune.semantics import (
     search,
 )
 from cca_attention.autotune.tensors_file import Heads, TensorsFileError, read_activations, write_layers
-from cca_attention.kernels.tunable import Tunable
 
 PROBLEM = Problem(q_heads=4, kv_heads=2, seq_len=1024, head_dim=32)
 DATA = Path(__file__).parent / "data"
 LONG = Problem(q_heads=32, kv_heads=32, seq_len=131072, head_dim=128)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def test_the_grid_is_below_the_context() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,11 @@ from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.progress import Progress, Request, plan
 from cca_attention.autotune.result import profile_of, summary_of
 from cca_attention.autotune.tune import MOST_REJECTED, Tuner
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.store import read_profile, write_profile
 
 DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 @pytest.fixture
