@@ -108,7 +108,7 @@ def test_jobs_of_a_place_that_is_lost_are_done_at_another(toys: Any, tmp_path: P
     toy = sys.modules["toy_tunable"]
     args = ("toy_tunable", "toy", toy.ToyConfig(), PROBLEM)
     with Pool(2, toys.take, renew=True, places=[(str(good),), (str(doomed),)]) as pool:
-        found = list(pool.run([Job(n, toys.sample, args) for n in range(30)], 30.0))
+        found = list(pool.run([Job(n, toys.sample_after, args) for n in range(30)], 30.0))
         assert sorted(job.tag for job, _ in found) == list(range(30))
         assert all(isinstance(outcome, Done) for _, outcome in found), "the card's end is held against no job"
         assert pool.lost == {(str(doomed),): "RuntimeError: doomed has fallen off the bus"}

@@ -204,7 +204,7 @@ def test_an_interrupt_leaves_a_record_that_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     assert child.stderr is not None and "checks in L1" in child.stderr.readline()
     os.kill(child.pid, signal.SIGINT)
-    child.communicate(timeout=30)
+    child.communicate(timeout=60)
     assert child.returncode == 130
     assert not read(path).complete
     assert judge_file(path)[0] in (3, 5)

@@ -141,9 +141,6 @@ def _forward_fake(
     return _empty_results(q, k, v, spec, pooled(q.shape[2]))
 
 
-torch.library.register_fake("cca_attention::forward", _forward_fake, lib=LIBRARY)
-
-
 @_operator
 def _backward(
     dout: Tensor,
@@ -180,9 +177,6 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: T
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-torch.library.register_fake("cca_attention::backward", _backward_fake, lib=LIBRARY)
-
-
 class _Backward(torch.autograd.Function):
     """The backward where its result is to be differentiated again, which is refused instead of left out."""
 
@@ -209,6 +203,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: 
     return (*grads, None, *(None for _ in ctx.options))
 
 
+torch.library.register_fake("cca_attention::forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("cca_attention::backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("cca_attention::forward", _differentiate, setup_context=_save, lib=LIBRARY)
 
 

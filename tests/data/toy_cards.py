@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from toy_tunable import ToyConfig, fate_of
@@ -39,6 +40,14 @@ def sample(module: str, name: str, config: ToyConfig, problem: Problem) -> list[
         dead(mine).touch()
         os.kill(os.getpid(), signal.SIGSEGV)
     return [100.0 - config.block_q / 8 - config.num_warps] * 5
+
+
+def sample_after(module: str, name: str, config: ToyConfig, problem: Problem) -> list[float]:
+    """The same, but other cards wait until the doomed one beside them has died."""
+    until = time.monotonic() + 20
+    while "doomed" not in mine.name and not dead(mine.with_name("doomed")).exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return sample(module, name, config, problem)
 
 
 def sample_or_harm(module: str, name: str, config: ToyConfig, problem: Problem) -> list[float]:
