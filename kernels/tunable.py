@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import product
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -48,7 +49,8 @@ class Config:
 @cache
 def _launch_args(config: Config) -> Mapping[str, int]:
     names = [field.name for field in fields(config)]
-    return {name.upper() if name.startswith("block_") else name: getattr(config, name) for name in names}
+    args = {name.upper() if name.startswith("block_") else name: getattr(config, name) for name in names}
+    return MappingProxyType(args)  # every launch is given this one
 
 
 def smallest_block_refusal(config: Config, problem: Problem) -> str | None:
