@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 
 SETUP_LIMIT_S = 180.0
 """A worker that is not ready by then (importing PyTorch on a busy machine) never will be."""
+_STARTING = threading.Lock()
+"""Held while a worker starts: it takes its environment from this process, which is changed for that moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,11 @@ class Process:
 
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, setup, args))
+        self._process = context.Process(target=_serve, args=(theirs, setup, args), daemon=True)
         # workers compile: if this process interprets its kernels, they must not; Ctrl-C is for this process alone
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with triton.knobs.runtime.scope():
+            with _STARTING, triton.knobs.runtime.scope():
                 triton.knobs.runtime.interpret = False
                 self._process.start()
         finally:

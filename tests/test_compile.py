@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import triton
 
 from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
-from cca_attention.autotune.pool import Done, Failed, Job, Pool
+from cca_attention.autotune.pool import Done, Failed, Job, Pool, Process
 from cca_attention.problem import Problem
 
 DATA = Path(__file__).parent / "data"
@@ -89,6 +92,17 @@ def test_workers_compile_also_where_this_process_interprets(toy: Any) -> None:
     assert isinstance(found, Done), found
 
 
+def test_workers_started_by_several_threads_leave_this_process_interpreting(toy_jobs: Any) -> None:
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        with ThreadPoolExecutor(4) as threads:
+            workers = list(threads.map(lambda _: Process(toy_jobs.ready, ()), range(4)))
+        interprets = triton.knobs.runtime.interpret
+    for worker in workers:
+        worker.kill()
+    assert interprets
+
+
 def test_a_sketch_survives_being_written_down(toy: Any) -> None:
     import json
     from dataclasses import asdict
@@ -141,6 +155,27 @@ def test_leaving_a_pool_ends_its_workers_and_what_they_started(toy_jobs: Any, tm
                 raise KeyboardInterrupt
             time.sleep(0.1)
     assert not any(alive(process) for process in map(int, marker.read_text().split()))
+
+
+INTERRUPTED = """
+import os, signal
+from cca_attention.autotune import pool
+real = pool.signal.pthread_sigmask
+def mask(how, signals):
+    if how == signal.SIG_SETMASK:
+        os.kill(os.getpid(), signal.SIGINT)  # it is held back until the worker has started
+    return real(how, signals)
+if __name__ == "__main__":
+    pool.signal.pthread_sigmask = mask
+    pool.Process(print, ())
+"""
+
+
+def test_an_interrupt_while_a_worker_starts_leaves_none_to_wait_for(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ended.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_workers_that_cannot_start_are_an_error(toy_jobs: Any) -> None:
