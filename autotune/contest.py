@@ -18,12 +18,13 @@ from .journal import Journal, Key, Phase
 from .keys import Keys, config_fields
 from .measure import Timing
 from .outcome import NO_ROOM_FOR_TENSORS, outcome_of
-from .pool import Done, Job, Pool
+from .pool import Pool
 from .predict import roofline_us
 from .progress import Progress, Request
 from .race import Round
 from .stations import Station
 from .strategies import STRATEGIES, Space
+from .worker import Done, Job
 
 MOST_LOST = 4
 """Configs that fail one after the other, before any was timed, after which the kernel itself is suspected."""

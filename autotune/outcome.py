@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .journal import Phase
-from .pool import Failed
+from .worker import Failed
 
 Outcome = Literal[
     "compile error", "compile timeout", "refused", "oom", "illegal access", "crash", "hang", "wrong"

@@ -14,7 +14,8 @@ from ray.exceptions import RayActorError, RayError
 
 from .card import CardState, card_at_hand
 from .host import HostCard, cards_here, touch
-from .pool import Done, Failed, Job, Pool, attempt
+from .pool import Pool
+from .worker import Done, Failed, Job, attempt
 
 FIND_LIMIT_S = 120.0
 

@@ -17,11 +17,12 @@ from ..profiles.schema import ParetoPoint
 from . import jobs, semantics, space
 from .compile import Sketch, aim
 from .front import Point, Preference, knee
-from .pool import Done, Job, Pool
+from .pool import Pool
 from .progress import Request
 from .report import time_text
 from .semantics import Latency, Limits, Outcome
 from .tensors_file import read_activations
+from .worker import Done, Job
 
 LIMIT_S = 120.0
 

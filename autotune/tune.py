@@ -22,13 +22,14 @@ from .host import kind_here
 from .journal import Journal, Phase
 from .keys import Keys, config_fields
 from .outcome import against, outcome_of
-from .pool import Done, Job, LostError, Pool
+from .pool import LostError, Pool
 from .predict import predict
 from .progress import Progress, Request
 from .race import ranking
 from .search import Trial, preference, ranked
 from .stations import Station
 from .strategies import IN_ORDER
+from .worker import Done, Job
 from .workshop import Workshop
 
 MOST_REJECTED = 4

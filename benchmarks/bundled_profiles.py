@@ -28,9 +28,10 @@ from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim
 from cca_attention.autotune.devices import Device, find_device
 from cca_attention.autotune.options import model_shape
-from cca_attention.autotune.pool import Done, Job, Pool
+from cca_attention.autotune.pool import Pool
 from cca_attention.autotune.predict import predict
 from cca_attention.autotune.traits import UNKNOWN
+from cca_attention.autotune.worker import Done, Job
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.profiles.configs import source_hash, tunables
 from cca_attention.profiles.live import fp_fusion, minor_version

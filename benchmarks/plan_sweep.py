@@ -31,7 +31,8 @@ from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim, find_tunable
 from cca_attention.autotune.devices import Device, device_at_hand
 from cca_attention.autotune.measure import FLUSH_BYTES, SEED, policy_of
-from cca_attention.autotune.pool import Done, Job, Pool
+from cca_attention.autotune.pool import Pool
+from cca_attention.autotune.worker import Done, Job
 from cca_attention.kernels.tunable import Config, Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables

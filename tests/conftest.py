@@ -56,13 +56,18 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
+def toy() -> Iterator[Any]:
+    """The toy kernel's module, among the kernels for one test alone."""
     import toy_tunable
 
     yield toy_tunable
     del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One journal for a module's runs of the tuner: what it has is not compiled again."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_jobs
 import triton
 
 from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
-from cca_attention.autotune.pool import Done, Failed, Job, Pool, Process
+from cca_attention.autotune.pool import Pool
+from cca_attention.autotune.worker import Done, Failed, Job, Process
 from cca_attention.problem import Problem
 
-DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=256, head_dim=64)
-
-
-@pytest.fixture
-def toy_jobs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Jobs of every kind of outcome."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_jobs
-
-    return toy_jobs
 
 
 def outcomes(pool: Pool, jobs: list[Job], limit_s: float = 60.0) -> dict[Any, Done | Failed]:
@@ -92,7 +84,7 @@ def test_workers_compile_also_where_this_process_interprets(toy: Any) -> None:
     assert isinstance(found, Done), found
 
 
-def test_workers_started_by_several_threads_leave_this_process_interpreting(toy_jobs: Any) -> None:
+def test_workers_started_by_several_threads_leave_this_process_interpreting() -> None:
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         with ThreadPoolExecutor(4) as threads:
@@ -119,7 +111,7 @@ def test_targets(arch: str, backend: str, threads: int) -> None:
     assert (target.backend, target.warp_size) == (backend, threads)
 
 
-def test_every_kind_of_outcome_is_a_value(toy_jobs: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_outcome_is_a_value(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     jobs = [Job(n, toy_jobs.double, (n,)) for n in range(5)]
     jobs[1:1] = [Job("fail", toy_jobs.fail, ()), Job("die", toy_jobs.die, ()), Job("talk", toy_jobs.chatter, ())]
     jobs[3:3] = [Job("hang", toy_jobs.hang, (str(tmp_path / "pids"),))]
@@ -146,7 +138,7 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_leaving_a_pool_ends_its_workers_and_what_they_started(toy_jobs: Any, tmp_path: Path) -> None:
+def test_leaving_a_pool_ends_its_workers_and_what_they_started(tmp_path: Path) -> None:
     marker = tmp_path / "pids"
     jobs = [Job("hang", toy_jobs.hang, (str(marker),)), *(Job(n, toy_jobs.double, (n,)) for n in range(50))]
     with pytest.raises(KeyboardInterrupt), Pool(2, toy_jobs.ready) as pool:
@@ -159,15 +151,15 @@ def test_leaving_a_pool_ends_its_workers_and_what_they_started(toy_jobs: Any, tm
 
 INTERRUPTED = """
 import os, signal
-from cca_attention.autotune import pool
-real = pool.signal.pthread_sigmask
-def mask(how, signals):
-    if how == signal.SIG_SETMASK:
-        os.kill(os.getpid(), signal.SIGINT)  # it is held back until the worker has started
-    return real(how, signals)
+from multiprocessing.process import BaseProcess
+from cca_attention.autotune import worker
+start = BaseProcess.start
+def interrupted(process):
+    start(process)
+    os.kill(os.getpid(), signal.SIGINT)
 if __name__ == "__main__":
-    pool.signal.pthread_sigmask = mask
-    pool.Process(print, ())
+    BaseProcess.start = interrupted
+    worker.Process(print, ())
 """
 
 
@@ -178,7 +170,7 @@ def test_an_interrupt_while_a_worker_starts_leaves_none_to_wait_for(tmp_path: Pa
     assert ended.stderr.endswith("KeyboardInterrupt\n")
 
 
-def test_workers_that_cannot_start_are_an_error(toy_jobs: Any) -> None:
+def test_workers_that_cannot_start_are_an_error() -> None:
     with (
         pytest.raises(RuntimeError, match="a worker could not start: OSError: no such target"),
         Pool(2, toy_jobs.not_ready) as pool,
@@ -187,7 +179,7 @@ def test_workers_that_cannot_start_are_an_error(toy_jobs: Any) -> None:
 
 
 @pytest.mark.parametrize(("renew", "processes"), [(False, 1), (True, 2)])
-def test_a_worker_whose_job_raised_is_replaced_on_request(toy_jobs: Any, renew: bool, processes: int) -> None:
+def test_a_worker_whose_job_raised_is_replaced_on_request(renew: bool, processes: int) -> None:
     jobs = [Job("before", os.getpid, ()), Job("fail", toy_jobs.fail, ()), Job("after", os.getpid, ())]
     with Pool(1, toy_jobs.ready, renew=renew) as pool:
         found = outcomes(pool, jobs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +16,14 @@ from cca_attention.autotune.contest import MOST_LOST, Contest
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.journal import Journal
 from cca_attention.autotune.keys import Keys, config_fields
-from cca_attention.autotune.pool import Done, Failed, Job
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.search import Trial
 from cca_attention.autotune.stations import Station
 from cca_attention.autotune.tune import Tuner, _put_out
-from cca_attention.kernels.tunable import Config, Tunable
+from cca_attention.autotune.worker import Done, Failed, Job
+from cca_attention.kernels.tunable import Config
 from cca_attention.problem import Problem
 
-DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
 Answer = Callable[[Config], "float | Failed"]
 
@@ -42,16 +40,6 @@ class Here:
             self.asked.append(job.tag)
             answer = self.answer(job.tag)
             yield job, answer if isinstance(answer, Failed) else Done([answer] * 3, 0.1)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def kernel_of(toy: Any) -> Progress:

@@ -7,47 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_runs import PROBLEM, request_for, run
 
 from cca_attention import cli
-from cca_attention.autotune.devices import find_device
-from cca_attention.autotune.journal import Journal
 from cca_attention.autotune.plan import SHORT, PlanError, confirmation, planned
-from cca_attention.autotune.progress import Progress, Request, plan
+from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.result import profile_of
 from cca_attention.autotune.search import ranked
-from cca_attention.autotune.tune import Tuner
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
 from cca_attention.profiles.schema import Profile
 from cca_attention.profiles.store import merged, read_profile, write_profile
 from cca_attention.terminal import OK, USAGE
 
-DATA = Path(__file__).parent / "data"
-PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
-
-
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One journal for the whole module: the toy kernel is compiled once."""
-    if not hasattr(cache, "folder"):
-        cache.folder = tmp_path_factory.mktemp("cache")
-    return cache.folder  # type: ignore[attr-defined,no-any-return]
-
-
-def run(request: Request) -> Progress:
-    """The state of the one kernel after a run."""
-    kernels = plan(request)
-    with Journal(request.cache_folder) as journal:
-        Tuner(request, journal, kernels, lambda kernel: None).run()
-    return kernels[0]
-
 
 def absent(toy: Any, folder: Path) -> Request:
     """A run of the harmful kernel for an A100 that is not there."""
-    return Request(
-        device=find_device("a100"), problem=PROBLEM, tunables=(toy.HARMFUL,), cache_folder=folder, at_hand=False,
-        jobs=1, most_compiled=0, verify=toy.accept,
-    )  # fmt: skip
+    return request_for(toy, folder, tunables=(toy.HARMFUL,))
 
 
 def plan_of(toy: Any, folder: Path) -> tuple[Progress, Profile]:

@@ -100,6 +100,7 @@ def test_explain_says_which_config_and_why(cca: Any) -> None:
         (2, "--output a100.yaml is not a folder", ["export", "a100", "--format", "vllm", "--output", "a100.yaml"]),
         (2, "there is no directory nowhere", ["merge", "a100.yaml", "--output", "nowhere/x.yaml"]),
         (2, "there is no profile file none.yaml", ["stale", "none.yaml"]),
+        (2, "'--triton': 'newest' is not a version", ["stale", "a100.yaml", "--triton", "newest"]),
         (2, "gpt-9", ["coverage", "a100.yaml", "--models", "gpt-9"]),
     ],
 )  # fmt: skip

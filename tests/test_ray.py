@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_jobs
 
 from cca_attention import cli
-from cca_attention.autotune.pool import Done, Failed, Job, LostError
+from cca_attention.autotune.pool import LostError
+from cca_attention.autotune.worker import Done, Failed, Job
 
-DATA = Path(__file__).parent / "data"
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray")
 
@@ -30,18 +31,8 @@ def ray_pool() -> Iterator[Any]:
     ray_pool.leave()
 
 
-@pytest.fixture
-def toy_jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Jobs of every kind of outcome, also on the path of the workers."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_jobs
-
-    yield toy_jobs
-    del sys.modules["toy_jobs"]
-
-
 @needs_ray
-def test_every_kind_of_outcome_is_a_value(ray_pool: Any, toy_jobs: Any, tmp_path: Path) -> None:
+def test_every_kind_of_outcome_is_a_value(ray_pool: Any, tmp_path: Path) -> None:
     jobs = [Job(n, toy_jobs.double, (n,)) for n in range(4)]
     jobs[1:1] = [Job("fail", toy_jobs.fail, ()), Job("die", toy_jobs.die, ())]
     jobs[3:3] = [Job("hang", toy_jobs.hang, (str(tmp_path / "pids"),))]
@@ -56,7 +47,7 @@ def test_every_kind_of_outcome_is_a_value(ray_pool: Any, toy_jobs: Any, tmp_path
 
 
 @needs_ray
-def test_workers_that_cannot_start_are_an_error(ray_pool: Any, toy_jobs: Any) -> None:
+def test_workers_that_cannot_start_are_an_error(ray_pool: Any) -> None:
     with (
         pytest.raises(LostError, match="a worker could not start: OSError: no such target"),
         ray_pool.RayPool(1, toy_jobs.not_ready) as pool,
@@ -65,7 +56,7 @@ def test_workers_that_cannot_start_are_an_error(ray_pool: Any, toy_jobs: Any) ->
 
 
 @needs_ray
-def test_a_pool_that_is_stopped_ends_what_it_does_in_another_thread(ray_pool: Any, toy_jobs: Any) -> None:
+def test_a_pool_that_is_stopped_ends_what_it_does_in_another_thread(ray_pool: Any) -> None:
     ended: list[BaseException] = []
 
     def wait() -> None:

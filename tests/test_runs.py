@@ -6,8 +6,6 @@ import copy
 import importlib.util
 import io
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,23 +28,11 @@ from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.record import RecordError, latest, read_record, record_of, write_record
 from cca_attention.autotune.search import Trial
 from cca_attention.autotune.session import Session
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 from cca_attention.terminal import OK, USAGE, WRONG
 
-DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
 PARTS = {"tensor_us": 14.0, "issue_us": 3.0, "exp2_us": 0.0, "hbm_us": 2.0, "exposed_us": 1.0, "quantisation": 1.25}
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel's module."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
 
 
 def time_us(config: Any) -> float:

@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from toy_runs import PROBLEM, request_for
 
-from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.progress import Request
 from cca_attention.autotune.session import Session, SessionError
-from cca_attention.kernels.tunable import Tunable
-from cca_attention.problem import Problem
 from cca_attention.profiles import store
 from cca_attention.profiles.store import read_profile, update_profile
-
-DATA = Path(__file__).parent / "data"
-PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """The toy kernel's module, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
-    import toy_tunable
-
-    yield toy_tunable
-    del sys.modules["toy_tunable"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One journal for the whole module: what it has is not compiled again."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def request_for(toy: Any, folder: Path, **changes: Any) -> Request:
-    """A run of the toy kernel for an A100."""
-    request = Request(
-        device=find_device("a100"), problem=PROBLEM, tunables=(toy.TOY,), cache_folder=folder, at_hand=False, jobs=1,
-        most_compiled=0, verify=toy.accept,
-    )  # fmt: skip
-    return replace(request, **changes)
 
 
 def run(request: Request, output: Path) -> tuple[Session, str]:

@@ -16,15 +16,14 @@ from cca_attention.autotune import host
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.host import HostCard, cards_for, named_cards
 from cca_attention.autotune.journal import Journal
-from cca_attention.autotune.pool import Done, Failed, Job, LostError, Pool
+from cca_attention.autotune.pool import LostError, Pool
 from cca_attention.autotune.progress import Request, plan
 from cca_attention.autotune.stations import Station, spread
 from cca_attention.autotune.tune import Tuner
+from cca_attention.autotune.worker import Done, Failed, Job
 from cca_attention.autotune.workshop import Workshop
-from cca_attention.kernels.tunable import Tunable
 from cca_attention.problem import Problem
 
-DATA = Path(__file__).parent / "data"
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
 
 
@@ -43,13 +42,12 @@ def stations(count: int) -> list[Station]:
 
 
 @pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The toy kernel and its cards, also on the path of worker processes."""
-    monkeypatch.syspath_prepend(DATA)
+def toys(toy: Any) -> Iterator[Any]:
+    """Cards for the toy kernel."""
     import toy_cards
 
     yield toy_cards
-    del sys.modules["toy_tunable"], sys.modules["toy_cards"], Tunable.REGISTRY["toy"], Tunable.REGISTRY["harmful"]
+    del sys.modules["toy_cards"]
 
 
 def test_every_piece_is_done_once_by_whoever_is_free() -> None:

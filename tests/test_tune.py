@@ -8,13 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from toy_runs import PROBLEM, request_for, run
 
 from cca_attention.autotune.compile import target_of
 from cca_attention.autotune.devices import find_device
@@ -24,36 +24,9 @@ from cca_attention.autotune.outcome import Quarantined
 from cca_attention.autotune.progress import Progress, Request, plan
 from cca_attention.autotune.result import profile_of, summary_of
 from cca_attention.autotune.tune import MOST_REJECTED, Tuner
-from cca_attention.problem import Problem
 from cca_attention.profiles.store import read_profile, write_profile
 
 DATA = Path(__file__).parent / "data"
-PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
-
-
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One journal for the whole module: the toy kernel is compiled once."""
-    if not hasattr(cache, "folder"):
-        cache.folder = tmp_path_factory.mktemp("cache")
-    return cache.folder  # type: ignore[attr-defined,no-any-return]
-
-
-def request_for(toy: Any, folder: Path, **changes: Any) -> Request:
-    """A run of the toy kernel for an A100."""
-    request = Request(
-        device=find_device("a100"), problem=PROBLEM, tunables=(toy.TOY,), cache_folder=folder, at_hand=False, jobs=1,
-        most_compiled=0, verify=toy.accept,
-    )  # fmt: skip
-    return replace(request, **changes)
-
-
-def run(request: Request, watch: Callable[[Progress], None] = lambda kernel: None) -> Progress:
-    """The state of the toy kernel after a run."""
-    kernels = plan(request)
-    with Journal(request.cache_folder) as journal:
-        Tuner(request, journal, kernels, watch).run()
-    return kernels[0]
 
 
 def records(folder: Path, phase: str) -> list[dict[str, Any]]:

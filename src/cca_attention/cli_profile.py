@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from .problem import Problem
-from .terminal import OK, WRONG, Refused, check_output, choice, file, new_app, number, run_app
+from .terminal import OK, WRONG, Refused, check_output, choice, file, new_app, number, run_app, version
 
 if TYPE_CHECKING:
     from .profiles.schema import Profile
@@ -225,22 +225,22 @@ def export_profile(
 @app.command()
 def stale(
     files: Files,
-    triton: Annotated[str | None, typer.Option("--triton", help="Version of Triton; default: the installed.")] = None,
-    driver: Annotated[str | None, typer.Option("--driver", help="Version of the driver; default: the loaded.")] = None,
+    triton: Annotated[str | None, version("--triton", "Version of Triton; default: the installed.")] = None,
+    driver: Annotated[str | None, version("--driver", "Version of the driver; default: the loaded.")] = None,
     fp_fusion: Annotated[bool | None, typer.Option("--fp-fusion/--no-fp-fusion", help="Default: as set here.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Say which entries the kernels of this installation, or a change of Triton or driver, would reject or degrade."""
-    from importlib.metadata import version
+    from importlib import metadata
 
     from .profiles import live
     from .profiles.compare import stale as stale_entries
     from .profiles.tables import stale_rows
 
-    fusion = live.fp_fusion() if fp_fusion is None else fp_fusion
+    asked = triton or metadata.version("triton"), live.fp_fusion() if fp_fusion is None else fp_fusion
     rows = []
     for path in files:
-        affected = stale_entries(_read(path), triton or version("triton"), fusion, driver or live.driver_version())
+        affected = stale_entries(_read(path), *asked, driver or live.driver_version())
         rows += [{"file": str(path), **row} for row in stale_rows(affected)]
     return _print(rows, as_json, WRONG if any(row["effect"] != "noted" for row in rows) else OK)
 

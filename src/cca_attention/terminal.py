@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
@@ -86,6 +87,17 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a whole number") from error
+
+
+def version(option: str, description: str) -> Any:
+    """An option that takes the version of a program."""
+    return typer.Option(option, parser=_version, metavar="X.Y.Z", help=description)
+
+
+def _version(text: str) -> str:
+    if not re.match(r"\d+\.\d+", text, re.ASCII):
+        raise typer.BadParameter(f"{text!r} is not a version, like 3.7.1")
+    return text
 
 
 def choice(option: str, description: str, *choices: str) -> Any:

@@ -24,11 +24,11 @@ from cca_attention.autotune.contest import Contest
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.journal import Journal
 from cca_attention.autotune.keys import Keys
-from cca_attention.autotune.pool import Done, Failed, Job
 from cca_attention.autotune.progress import Progress, Request
 from cca_attention.autotune.search import Trial
 from cca_attention.autotune.stations import Station
 from cca_attention.autotune.tune import _put_out
+from cca_attention.autotune.worker import Done, Failed, Job
 from cca_attention.problem import Problem
 
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=4096, head_dim=64)
