@@ -31,13 +31,15 @@ MOST_BUCKETS = 32
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is tried: configs looked at for each kernel (0: all), and how often the best are timed."""
+    """How much is tried: configs compiled for each kernel (0: all), to be timed or, `unseen`, for a GPU that is not
+    here; and how often the best are timed."""
 
     candidates: int
+    unseen: int
     rounds: int
 
 
-EFFORTS = {"quick": Effort(6, 8), "standard": Effort(24, 12), "exhaustive": Effort(0, 24)}
+EFFORTS = {"quick": Effort(6, 2, 8), "standard": Effort(24, 24, 12), "exhaustive": Effort(0, 0, 24)}
 
 
 @dataclass(frozen=True, slots=True)

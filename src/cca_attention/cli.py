@@ -177,7 +177,8 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
         budget_s = None if given["budget"] is None else options.seconds(given["budget"]) / len(problems)
     except ValueError as error:
         raise Refused(str(error)) from error
-    candidates = effort.candidates if given["candidates"] is None else given["candidates"]
+    candidates = effort.candidates if cards else effort.unseen
+    candidates = candidates if given["candidates"] is None else given["candidates"]
     for option, value, least in (("--jobs", jobs, 1), ("--candidates", candidates, 0), ("--seed", given["seed"], 0)):
         if value < least:
             raise Refused(f"{option} must be at least {least}, got {value}")
