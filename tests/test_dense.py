@@ -22,15 +22,15 @@ SPEC = CCASpec(4, 6)
 LONGEST = 9  # tokens of which no query sees a core: window_size + group_size - 1
 
 
-def case_of(tokens: int, **options: Any) -> Case:
+def case_of(device: str, tokens: int, **options: Any) -> Case:
     shape = {"batch": 2, "q_heads": 4, "kv_heads": 2, "seq_len": tokens, "head_dim": 16, **SIZES, **options}
-    return Case(problem=Problem(**{"dtype": "float32", **shape}), schedule=same_tiles(16, 16))
+    return Case(problem=Problem(**{"dtype": "float32", **shape}), schedule=same_tiles(16, 16), device=device)
 
 
 @pytest.mark.parametrize("pooling", ["last_query", "mean"])
 @pytest.mark.parametrize(("tokens", "pooled"), [(LONGEST, 0), (LONGEST + 1, 2)])
 def test_nothing_is_pooled_that_no_query_sees(
-    tokens: int, pooled: int, pooling: Any, monkeypatch: pytest.MonkeyPatch
+    device: str, tokens: int, pooled: int, pooling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: dict[str, int] = {}
 
@@ -40,7 +40,7 @@ def test_nothing_is_pooled_that_no_query_sees(
 
     for name in ("launch_pooling", "launch_pooling_backward"):
         monkeypatch.setattr(fused, name, partial(counted, name, getattr(fused, name)))
-    case = case_of(tokens, pooling=pooling)
+    case = case_of(device, tokens, pooling=pooling)
     inputs = make_inputs(case)
     found = run(case, inputs, grads=True)
     assert groups.pop("launch_pooling") == pooled
@@ -50,12 +50,12 @@ def test_nothing_is_pooled_that_no_query_sees(
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_torch_gives_the_same_within_the_same_bounds(dtype: str, kv_heads: int) -> None:
-    case = case_of(LONGEST, dtype=dtype, kv_heads=kv_heads)
+def test_torch_gives_the_same_within_the_same_bounds(device: str, dtype: str, kv_heads: int) -> None:
+    case = case_of(device, LONGEST, dtype=dtype, kv_heads=kv_heads)
     inputs = make_inputs(case)
     out = attention.causal_attention(*inputs[:3], SPEC.softmax_scale(16))
     assert compare("out", out, oracle(case, inputs)["out"]).ok
-    late = case_of(LONGEST + 1, dtype=dtype, kv_heads=kv_heads)  # here a query sees a core, and torch knows of none
+    late = case_of(device, LONGEST + 1, dtype=dtype, kv_heads=kv_heads)  # now a query sees a core, unknown to torch
     inputs = make_inputs(late)
     wrong = attention.causal_attention(*inputs[:3], SPEC.softmax_scale(16))
     assert not compare("out", wrong, oracle(late, inputs)["out"]).ok

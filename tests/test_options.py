@@ -98,7 +98,7 @@ def test_phases() -> None:
 
 def test_efforts_grow() -> None:
     assert effort("standard").candidates == 24, "what the default command has always looked at"
-    assert EFFORTS["quick"].candidates < 24 and EFFORTS["exhaustive"].candidates == 0
+    assert EFFORTS["quick"].unseen < EFFORTS["quick"].candidates < 24 and EFFORTS["exhaustive"].candidates == 0
     assert [e.rounds for e in EFFORTS.values()] == sorted(e.rounds for e in EFFORTS.values())
     with pytest.raises(ValueError, match=r"--effort must be one of quick, .*, got 'qick'; did you mean quick\?"):
         effort("qick")
