@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import signal
 import threading
 import time
@@ -80,10 +79,7 @@ def _begin_fork_server() -> None:
     """
     import triton
 
-    from .. import kernels
-
-    modules = [f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
-    forkserver.set_forkserver_preload([f"{__package__}.jobs", *modules])
+    forkserver.set_forkserver_preload([f"{__package__}.jobs"])
     resource_tracker.ensure_running()  # the fork server begins with it, and it would let SIGINT through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -20,21 +20,17 @@ NO_KERNEL_CODE = ("tunable", "layout", "limits")
 KERNEL_ABI = 1
 """What the fields of the kernels' configs mean; raised when a value would no longer mean what it did."""
 
+for _module in pkgutil.iter_modules(kernels.__path__):  # each registers its tunables
+    importlib.import_module(f"{kernels.__name__}.{_module.name}")
+
 
 def tunables(arch: str | None = None) -> Mapping[str, Tunable]:
-    """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture.
-
-    Importing a module of `kernels` registers those that it defines.
-    """
-    for module in pkgutil.iter_modules(kernels.__path__):
-        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    """Every portable tunable by name, and those for the GPU at hand if `arch` names its architecture."""
     return {name: tunable for name, tunable in Tunable.REGISTRY.items() if not tunable.archs or arch in tunable.archs}
 
 
 def known_kernel(kernel: str) -> Tunable:
     """The tunable called `kernel`. Raises ValueError, with the names that there are, for another."""
-    if kernel not in Tunable.REGISTRY:
-        tunables()
     known = Tunable.REGISTRY
     if kernel not in known:
         raise ValueError(f"no kernel is called {kernel!r}; there are {', '.join(sorted(known))}")
@@ -78,3 +74,7 @@ def source_hash(kernel: str) -> str:
     for path in dict.fromkeys((source, Path(primitives.__file__), *beside)):
         digest.update(_content(path))
     return digest.hexdigest()
+
+
+for _name in Tunable.REGISTRY:
+    source_hash(_name)  # now, so that the first look-up need not

@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 from ..fused import architecture
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
-from ..profiles.configs import as_config, source_hash, tunables
+from ..profiles.configs import as_config, source_hash
 from .child import Child, ChildFailedError, Failure
 from .gate_cases import DIRECTION_OF, SEED, Trial, look, trials
 from .tolerance import Comparison
@@ -105,7 +105,6 @@ def check_again(
 def _check(
     kernel: str, config: Config, problem: Problem | None, timeout_s: float, seed: int, *, only_again: bool
 ) -> Evidence:
-    tunables()
     if kernel not in DIRECTION_OF or not isinstance(config, Tunable.REGISTRY[kernel].config):
         raise ValueError(
             f"kernel must be one of {', '.join(DIRECTION_OF)} with a config of its own, got {kernel}: {config}"
@@ -140,7 +139,6 @@ def _child(mode: Mode) -> Child:
 
 def run_request(request: dict[str, Any]) -> dict[str, Any]:
     """The evidence for a request of `check_config`, in the child."""
-    tunables()
     config, problem = as_config(request["kernel"], request["config"]), Problem(**request["problem"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {name: request[name] for name in ("seed", "only_again")}
@@ -202,7 +200,6 @@ def launches(*kernels: str) -> Iterator[set[Launched]]:
         seen.add(Launched(function.fn.__name__, repr(sorted(chosen.items()))))
         return type(function).run(function, *args, **kwargs)
 
-    tunables()
     functions = {id(f): f for name in kernels or Tunable.REGISTRY for f in Tunable.REGISTRY[name].kernels}.values()
     for function in functions:
         function.run = partial(watched, function)

@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.tunable import Config, Schedule, Tunable
 from ..problem import Problem
-from ..profiles.configs import as_config, tunables
+from ..profiles.configs import as_config
 from . import canary, gate, ratchet, shadow
 from .cache_model import REQUIRED as MUST_HAVE_DONE
 from .cases import Case
@@ -168,7 +168,6 @@ def config(unit: Unit) -> Result:
 
 
 def _forced(unit: Unit, lacking: list[str]) -> Evaluated:
-    tunables()
     for values in unit.arguments["configs"]:
         forced = as_config(unit.kernel, values)
         case = replace(_ragged(unit, forced), schedule=Schedule({unit.kernel: forced}))
@@ -196,7 +195,6 @@ def _ragged(unit: Unit, config: Config) -> Case:
 @runner
 def profile_entry(unit: Unit) -> Result:
     """The gate on one entry of a profile; arguments: `config`, `problem`."""
-    tunables()
     values, problem = unit.arguments["config"], Problem(**unit.arguments["problem"])
     candidate = as_config(unit.kernel, values)
     evidence = gate.check_config(unit.kernel, candidate, problem=problem, timeout_s=unit.limit_s - 30.0)
