@@ -11,7 +11,7 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
-from .worker import Done, Failed, Job, Process
+from .worker import Done, Failed, Job, Process, Worker
 
 SETUP_LIMIT_S = 180.0
 """A worker that is not ready by then (importing PyTorch on a busy machine) never will be."""
@@ -24,7 +24,7 @@ class LostError(RuntimeError):
 class _Seat:
     """A worker's place: what it is set up for, the job it is at, and what it is still to be blamed for."""
 
-    def __init__(self, worker: Any, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
+    def __init__(self, worker: Worker, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
         self.worker, self.place, self.owed = worker, place, owed
         self.job: Job | None = None
         self.ready = False
@@ -77,7 +77,7 @@ class Pool:
         for seat in list(self._seats):
             seat.worker.strike()
 
-    def make(self, place: tuple[Any, ...]) -> Any:
+    def make(self, place: tuple[Any, ...]) -> Worker:
         """A new worker."""
         return Process(self._setup, (*self._args, *place))
 

@@ -59,6 +59,9 @@ class Worker(Protocol):
     def kill(self) -> None:
         """End the process and all that it started."""
 
+    def strike(self) -> None:
+        """The signal alone, from any thread: whoever waits for an answer learns that the process is gone."""
+
 
 def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Done | Failed:
     """A call as an outcome."""
