@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 
+from ..kernels import decode
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from .binary import Resources, read_resources
@@ -90,7 +91,10 @@ def target_of(arch: str) -> GPUTarget:
 
 def aim(arch: str) -> None:
     """Make this process compile for `arch` from now on; it can launch nothing."""
-    driver.set_active(CompileOnlyDriver(target_of(arch)))
+    target = target_of(arch)
+    driver.set_active(CompileOnlyDriver(target))
+    # the launcher asks this of the device that its tensors are on, and meta is none
+    decode._can_start_early = lambda device: target.backend == "cuda" and target.arch >= 90
 
 
 def find_tunable(module: str, name: str) -> Tunable:
@@ -115,18 +119,28 @@ class _Call:
     @property
     def identity(self) -> tuple[str, ...]:
         """Equal for calls that compile to, and launch, the same."""
-        return (self.tile_identity, repr(self.grid), repr(sorted(self.options.items())))
+        args = [_described(arg) for arg in self.args]
+        return (self.name, repr(args), repr(self.grid), repr(sorted(self.options.items())))
 
     @property
     def tile_identity(self) -> str:
         """Equal for calls with the same Triton IR: warps and stages count only if the kernel itself takes them."""
         free = {"num_warps", "num_stages"} - set(self.kernel.arg_names)
         options = sorted((k, v) for k, v in self.options.items() if k not in free)
-        return repr((self.name, [_described(arg) for arg in self.args], options))
+        return repr((self.name, [_kind(arg) for arg in self.args], options))
 
 
 def _described(arg: Any) -> Any:
     return (arg.dtype, tuple(arg.shape), arg.stride()) if isinstance(arg, Tensor) else arg
+
+
+def _kind(arg: Any) -> Any:
+    """What Triton's IR can depend on: of an integer at run time its width, and whether it is 1 or divides by 16."""
+    if isinstance(arg, tuple):
+        return tuple(map(_kind, arg))
+    if isinstance(arg, int):
+        return (arg == 1, arg % 16 == 0, arg < 2**31)
+    return arg.dtype if isinstance(arg, Tensor) else arg
 
 
 @contextmanager

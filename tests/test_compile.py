@@ -19,6 +19,7 @@ from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, 
 from cca_attention.autotune.pool import Pool
 from cca_attention.autotune.worker import Done, Failed, Job, Process
 from cca_attention.problem import Problem
+from cca_attention.profiles.configs import tunables
 
 PROBLEM = Problem(q_heads=1, kv_heads=1, seq_len=256, head_dim=64)
 
@@ -103,6 +104,18 @@ def test_a_sketch_survives_being_written_down(toy: Any) -> None:
         found = outcomes(pool, [Job("it", sketch, ("toy_tunable", "toy", PROBLEM, (toy.ToyConfig(),)))])["it"]
     assert isinstance(found, Done), found
     assert Sketch.from_dict(json.loads(json.dumps(asdict(found.value[0])))) == found.value[0]
+
+
+def test_decode_is_compiled_as_it_is_launched_where_launches_overlap() -> None:
+    config = tunables("sm_80")["decode"].default(PROBLEM, "sm_80")
+    job = Job("sketch", sketch, (type(config).__module__, "decode", PROBLEM, (config,)))
+    keys = {}
+    for arch in ("sm_80", "sm_86", "sm_90"):
+        with Pool(1, aim, arch) as pool:
+            drawn = outcomes(pool, [job], limit_s=120.0)["sketch"]
+        assert isinstance(drawn, Done), drawn
+        keys[arch] = drawn.value[0].key
+    assert keys["sm_80"] == keys["sm_86"] != keys["sm_90"]
 
 
 @pytest.mark.parametrize(("arch", "backend", "threads"), [("sm_100", "cuda", 32), ("gfx942", "hip", 64)])
