@@ -72,8 +72,8 @@ FITTED = (("fit", 65536, 16, 4), ("fit", 16384, 48, 12))
 POOLING = ("pooling", "pooling_backward")
 PARTS = (
     Part(64, 4096, JUDGED),
-    Part(16, 1024, (*JUDGED, *FITTED)),
     *(Part(group_size, 4096, FITTED, POOLING) for group_size in (64, 32, 128)),
+    Part(16, 1024, (*JUDGED, *FITTED)),
     Part(32, 1024, JUDGED),
     Part(8, 512, (("fit", 16384, 64, 16), ("fit", 65536, 16, 4)), share=0.5),
 )
