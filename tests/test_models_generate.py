@@ -230,6 +230,19 @@ def test_a_token_past_the_end_of_a_static_cache_is_nan() -> None:
         assert model(ids[:, 12:], past_key_values=cache).logits.isnan().all()
 
 
+@pytest.mark.parametrize("cache", [CCADynamicCache, lambda config: CCAStaticCache(config, 64)])
+def test_a_cache_is_not_differentiable_and_its_layers_count_alike(cache: Any) -> None:
+    model = build("Llama")
+    enable(model, G, W)
+    with pytest.raises(ValueError, match="must not require grad.*no_grad"):
+        model(prompt(1, 10), past_key_values=cache(model.config))
+    held = cache(model.config)
+    with torch.no_grad():
+        for part in prompt(1, 10).split((9, 1), dim=1):
+            model(part, past_key_values=held)
+    assert [int(held.get_seq_length(layer)) for layer in range(3)] == [10, 10, 10]
+
+
 def test_the_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("Llama", num_hidden_layers=1)
     enable(model, G, W)

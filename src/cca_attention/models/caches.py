@@ -20,7 +20,7 @@ ROLLBACK = 64  # the longest draft that assisted decoding may try
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
     """What both kinds share: `update` hands the new keys on with a mark, by which the attention function finds it."""
 
-    is_sliding = False
+    is_sliding, counts = False, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -28,7 +28,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[2]
+        if self.counts:
+            self.length += key_states.shape[2]
         key_states.cca_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
@@ -86,16 +87,17 @@ class _DynamicLayer(_Layer):
 class _StaticLayer(_Layer):
     is_compileable = True
 
-    def __init__(self, settings: Settings, q_heads: int, max_cache_len: int) -> None:
+    def __init__(self, settings: Settings, q_heads: int, max_cache_len: int, first: _StaticLayer | None) -> None:
         super().__init__()
         self.settings, self.q_heads, self.max_cache_len = settings, q_heads, max_cache_len
+        self.first, self.counts = first, first is None  # one kernel a step that counts, in place of one a layer
         self.length, self.empty = torch.zeros((), dtype=torch.int64), True  # empty: as far as the host knows
         self.storage: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = key_states.shape[0], self.q_heads, key_states.shape[1], key_states.shape[3]
         self.storage = cache_op.new_storage(self.settings.spec(), shape, key_states, self.max_cache_len)
-        self.length = self.length.to(key_states.device)
+        self.length = self.first.length if self.first else self.length.to(key_states.device)
         if not torch.compiler.is_compiling():
             for tensor in (*self.storage, self.length):
                 torch._dynamo.mark_static_address(tensor)
@@ -122,14 +124,16 @@ class _StaticLayer(_Layer):
 
     @property
     def nbytes(self) -> int:
-        return _bytes(*self.storage)
+        return sum(x.nbytes for x in self.storage)
 
 
 class _Cache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values: in a dynamic cache of what is held, in a static one of all buffers."""
-        return sum(x.nbytes if isinstance(x, _Layer) else _bytes(x.keys, x.values) for x in self.layers)
+        usual = (x for layer in self.layers if not isinstance(layer, _Layer) for x in (layer.keys, layer.values))
+        own = sum(layer.nbytes for layer in self.layers if isinstance(layer, _Layer))
+        return int(own + sum(x.nbytes for x in usual if x is not None))
 
 
 class CCADynamicCache(_Cache):
@@ -160,10 +164,8 @@ class CCAStaticCache(_Cache):
     def __init__(self, config: Any, max_cache_len: int) -> None:
         config = config.get_text_config(decoder=True)
         settings, layers = Settings.of(config), StaticCache(config=config, max_cache_len=max_cache_len).layers
+        first = None
         for i in filter(settings.covers, range(len(layers))):
-            layers[i] = _StaticLayer(settings, config.num_attention_heads, max_cache_len)
+            layers[i] = _StaticLayer(settings, config.num_attention_heads, max_cache_len, first)
+            first = first or layers[i]
         super().__init__(layers)
-
-
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)

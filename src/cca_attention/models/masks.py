@@ -75,9 +75,7 @@ def _real_tokens(real: Tensor) -> Tensor | None:
         in_one_run = (real == (token >= first[:, None]) & (token < (first + count)[:, None])).all()
         whole, good = torch.stack((real.all(), in_one_run)).tolist()
         if not good:
-            raise ValueError(
-                "attention_mask has padding between real tokens, which CCA attention cannot skip: pad left"
-            )
+            raise ValueError("attention_mask has padding between real tokens, which CCA cannot skip: pad left")
         if whole:
             return None
     return torch.stack((first, first + count), dim=1).int()
