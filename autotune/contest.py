@@ -17,7 +17,7 @@ from ..kernels.tunable import Config
 from .journal import Journal, Key, Phase
 from .keys import Keys, config_fields
 from .measure import Timing
-from .outcome import NO_ROOM_FOR_TENSORS, outcome_of
+from .outcome import NO_ROOM_FOR_TENSORS, record_of
 from .pool import Pool
 from .predict import roofline_us
 from .progress import Progress, Request
@@ -143,7 +143,7 @@ class Contest:
             if NO_ROOM_FOR_TENSORS in outcome.message:
                 kernel.trouble = outcome.message
                 break
-            record = {"failed": outcome_of(outcome, "measure"), "message": outcome.message}
+            record = record_of(outcome, "measure")
             self._journal.add([(key, record)])
             self._put_out(kernel, config, record, "measure")
             lost += 1

@@ -10,16 +10,15 @@ import torch
 
 from ..kernels.tunable import Config
 from ..problem import Problem
-from ..verify.gate import TIMEOUT_S, Evidence, check_again, check_config
+from ..verify.gate import SEED, Evidence, check_again, check_config, run_trials
 from .compile import compile_config, sketch
+from .worker import Done, Failed
 
 Record = dict[str, Any]
 Verify = Callable[[str, str, Config, Problem], Evidence]
 """Module and name of a tunable, a config and the problem. Called in a worker process, so it must pickle."""
 Sample = Callable[[str, str, Config, Problem], list[float]]
 """The same, but it gives the microseconds of some launches."""
-GPU_TIMEOUT_S = 120.0
-"""What a GPU has not done by then, compiling included, hangs."""
 
 
 def no_setup() -> None:
@@ -49,14 +48,25 @@ def verify_job(
 
 
 def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
-    """Run the config on small shapes against the oracle."""
-    return check_config(name, config, problem=problem, timeout_s=_patience_s())
+    """Run the config on small shapes against the oracle: on a GPU in this process, which is lost if that goes wrong.
+
+    Without a GPU it is a process of its own, where Triton interprets.
+    """
+    if torch.cuda.is_available():
+        return run_trials(name, config, problem, "cuda")
+    return check_config(name, config, problem=problem)
 
 
 def recheck_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
     """Run a config that was timed once more, with other contents in used memory and in new memory."""
-    return check_again(name, config, problem=problem, timeout_s=_patience_s())
+    if torch.cuda.is_available():
+        return run_trials(name, config, problem, "cuda", seed=SEED + 1, only_again=True)
+    return check_again(name, config, problem=problem)
 
 
-def _patience_s() -> float:
-    return GPU_TIMEOUT_S if torch.cuda.is_available() else TIMEOUT_S
+def spent(outcome: Done | Failed) -> bool:
+    """Whether a worker does no other job: a GPU's context does not survive every error, nor every wrong config."""
+    if isinstance(outcome, Failed):
+        return True
+    found = outcome.value if isinstance(outcome.value, list) else []
+    return any(isinstance(record, dict) and record.get("ok") is False for record in found)

@@ -44,6 +44,11 @@ def outcome_of(failed: Failed, phase: Phase) -> Outcome:
     return "crash" if failed.kind == "crashed" else _of_message(failed.message)
 
 
+def record_of(failed: Failed, phase: Phase) -> dict[str, Any]:
+    """What the journal keeps of it."""
+    return {"failed": outcome_of(failed, phase), "message": failed.message}
+
+
 def _of_message(message: str) -> Outcome:
     if NO_ROOM.search(message):
         return "oom"

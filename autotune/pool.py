@@ -17,6 +17,14 @@ SETUP_LIMIT_S = 180.0
 """A worker that is not ready by then (importing PyTorch on a busy machine) never will be."""
 
 
+Renew = Callable[[Done | Failed], bool]
+
+
+def no_renewal(outcome: Done | Failed) -> bool:
+    """Workers stay for as long as they live."""
+    return False
+
+
 class LostError(RuntimeError):
     """No worker can be had any more; the message says why."""
 
@@ -24,7 +32,7 @@ class LostError(RuntimeError):
 class _Seat:
     """A worker's place: what it is set up for, the job it is at, and what it is still to be blamed for."""
 
-    def __init__(self, worker: Worker, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
+    def __init__(self, worker: Worker, place: tuple[Any, ...], owed: tuple[Job, Done | Failed] | None = None) -> None:
         self.worker, self.place, self.owed = worker, place, owed
         self.job: Job | None = None
         self.ready = False
@@ -43,11 +51,11 @@ class Pool:
 
     Args:
         places: further arguments of the set-up, in turn: a GPU each, for example.
-        renew: replace workers whose job raised as well: a GPU context does not survive every error.
+        renew: whether a worker that is still there is replaced as well, after this outcome of a job.
     """
 
     def __init__(
-        self, size: int, setup: Callable[..., None], *args: Any, renew: bool = False,
+        self, size: int, setup: Callable[..., None], *args: Any, renew: Renew = no_renewal,
         places: Sequence[tuple[Any, ...]] = ((),),
     ) -> None:  # fmt: skip
         self._setup, self._args, self._size, self._renew = setup, args, size, renew
@@ -123,7 +131,7 @@ class Pool:
             if seat.ready and seat.job is None and waiting:
                 seat.give(waiting.popleft())
 
-    def _sit(self, place: tuple[Any, ...], owed: tuple[Job, Failed] | None = None) -> None:
+    def _sit(self, place: tuple[Any, ...], owed: tuple[Job, Done | Failed] | None = None) -> None:
         self._seats.append(_Seat(self.make(place), place, owed))
 
     def _listen(self, seat: _Seat, waiting: deque[Job]) -> Iterator[tuple[Job, Done | Failed]]:
@@ -133,10 +141,8 @@ class Pool:
         if self._stopped:
             raise LostError("the workers were stopped")
         seat.job = None
-        if job is not None and isinstance(outcome, Done):
-            yield job, outcome
-        elif job is not None and isinstance(outcome, Failed):
-            if outcome.kind == "crashed" or self._renew:
+        if job is not None:
+            if (isinstance(outcome, Failed) and outcome.kind == "crashed") or self._renew(outcome):
                 self._replace(seat, job, outcome)
             else:
                 yield job, outcome
@@ -157,7 +163,7 @@ class Pool:
                 outcome = Failed("timeout", f"not done after {limit_s:.0f} s", now - seat.started)
                 self._replace(seat, seat.job, outcome)
 
-    def _replace(self, seat: _Seat, job: Job, outcome: Failed) -> None:
+    def _replace(self, seat: _Seat, job: Job, outcome: Done | Failed) -> None:
         """Another worker at the same place; the outcome stands if it can be had."""
         self._leave(seat)
         self._sit(seat.place, (job, outcome))

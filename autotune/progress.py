@@ -24,6 +24,8 @@ from .search import Trial
 LIMIT_S: dict[Phase, float] = {
     "sketch": 60.0, "compile": 60.0, "verify": TIMEOUT_S + 60.0, "measure": 120.0, "recheck": TIMEOUT_S + 60.0
 }  # fmt: skip
+GPU_LIMIT_S = {**LIMIT_S, "verify": 120.0, "recheck": 120.0}
+"""What a GPU has not done by then, compiling included, hangs; without one, kernels are interpreted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayError
 
 from .card import CardState, card_at_hand
 from .host import HostCard, cards_here, touch
-from .pool import Pool
+from .pool import Pool, Renew, no_renewal
 from .worker import Done, Failed, Job, attempt
 
 FIND_LIMIT_S = 120.0
@@ -88,7 +88,7 @@ class RayPool(Pool):
     """`Pool` with its workers in the cluster that this process has joined; each takes `cpus` and `gpus` there."""
 
     def __init__(
-        self, size: int, setup: Callable[..., None], *args: Any, renew: bool = False, cpus: float = 1.0,
+        self, size: int, setup: Callable[..., None], *args: Any, renew: Renew = no_renewal, cpus: float = 1.0,
         gpus: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(size, setup, *args, renew=renew)

@@ -21,7 +21,7 @@ from .contest import Contest, Prepare
 from .host import kind_here
 from .journal import Journal, Phase
 from .keys import Keys, config_fields
-from .outcome import against, outcome_of
+from .outcome import against, record_of
 from .pool import LostError, Pool
 from .predict import predict
 from .progress import Progress, Request
@@ -126,12 +126,10 @@ class Tuner:
         for done, outcome in pool.run(waiting, self._request.limit_s[phase], until):
             kernel, configs = done.tag
             kernel.left_out -= len(configs)
-            if isinstance(outcome, Done):
-                records = outcome.value
-            else:
-                records = [{"failed": outcome_of(outcome, phase), "message": outcome.message}] * len(configs)
-            # a check that broke down says nothing of the config: it is not remembered
-            if phase not in ("verify", "recheck") or isinstance(outcome, Done):
+            records = outcome.value if isinstance(outcome, Done) else [record_of(outcome, phase)] * len(configs)
+            # a check that raised, or was lost though a child runs the config, says nothing of it: it is not remembered
+            known = isinstance(outcome, Done) or (outcome.kind != "error" and self._request.at_hand)
+            if known or phase not in ("verify", "recheck"):
                 keys = (self._keys.of(phase, kernel.tunable, config) for config in configs)
                 self._journal.add(zip(keys, records, strict=True))
             for config, record in zip(configs, records, strict=True):

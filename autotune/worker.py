@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -99,6 +100,7 @@ def _serve(pipe: Connection, setup: Callable[..., None], args: tuple[Any, ...]) 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    gc.freeze()  # what was imported is not collected: its memory stays shared
     pipe.send(attempt(setup, args))
     while True:
         try:

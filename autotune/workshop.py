@@ -62,8 +62,7 @@ class Workshop:
         if at_hand:
             for tuner in tuners:
                 tuner.check(self.checkers, begin + budget_s * CHECKED_BY)
-            if self._request.ray is not None:
-                self.checkers.close()  # it gives the GPUs to those that time
+            self.checkers.close()  # those that time have the GPUs, and memory is free again
             self._race(tuners, begin + budget_s)
             if self._request.ray is not None:
                 for station in self.stations:
@@ -109,12 +108,13 @@ def _local(request: Request) -> Staff:
     size, places = min(request.jobs, MOST_CHECKERS * max(1, len(request.cards))), _places(request)
     compilers = Pool(request.jobs, aim, request.device.arch)
     if not places:
-        return compilers, Pool(size, jobs.no_setup, renew=True), [_station(0, Pool(1, jobs.no_setup, renew=True))]
+        checkers, timer = (Pool(count, jobs.no_setup, renew=jobs.spent) for count in (size, 1))
+        return compilers, checkers, [_station(0, timer)]
     stations = [
-        _station(card.index, Pool(1, request.take, renew=True, places=[place]))
+        _station(card.index, Pool(1, request.take, renew=jobs.spent, places=[place]))
         for card, place in zip(request.cards, places, strict=True)
     ]
-    return compilers, Pool(size, request.take, renew=True, places=places), stations
+    return compilers, Pool(size, request.take, renew=jobs.spent, places=places), stations
 
 
 def _places(request: Request) -> list[tuple[str]]:
@@ -132,11 +132,11 @@ def _far(request: Request) -> Staff:
 
     compilers = RayPool(request.jobs, aim, request.device.arch)
     if not request.cards:
-        return compilers, RayPool(request.jobs, jobs.no_setup, renew=True), []
+        return compilers, RayPool(request.jobs, jobs.no_setup, renew=jobs.spent), []
     kind, share = request.cards[0].kind, 1 / MOST_CHECKERS
     size = MOST_CHECKERS * len(request.cards)
-    checkers = RayPool(size, take_alike, kind, renew=True, cpus=0.0, gpus=share)
-    pools = [RayPool(1, take_alike, kind, renew=True, cpus=0.0, gpus=1.0) for _ in request.cards]
+    checkers = RayPool(size, take_alike, kind, renew=jobs.spent, cpus=0.0, gpus=share)
+    pools = [RayPool(1, take_alike, kind, renew=jobs.spent, cpus=0.0, gpus=1.0) for _ in request.cards]
     stations = [
         Station(str(card.index), pool, partial(state_of, pool)) for card, pool in zip(request.cards, pools, strict=True)
     ]

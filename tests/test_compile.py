@@ -16,7 +16,8 @@ import triton
 
 from cca_attention.autotune.binary import Resources
 from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
-from cca_attention.autotune.pool import Pool
+from cca_attention.autotune.jobs import spent
+from cca_attention.autotune.pool import Pool, Renew, no_renewal
 from cca_attention.autotune.worker import Done, Failed, Job, Process
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
@@ -191,11 +192,19 @@ def test_workers_that_cannot_start_are_an_error() -> None:
         outcomes(pool, [Job(1, toy_jobs.double, (1,))])
 
 
-@pytest.mark.parametrize(("renew", "processes"), [(False, 1), (True, 2)])
-def test_a_worker_whose_job_raised_is_replaced_on_request(renew: bool, processes: int) -> None:
+@pytest.mark.parametrize(("renew", "processes"), [(no_renewal, 1), (spent, 2)])
+def test_a_worker_whose_job_raised_is_replaced_on_request(renew: Renew, processes: int) -> None:
     jobs = [Job("before", os.getpid, ()), Job("fail", toy_jobs.fail, ()), Job("after", os.getpid, ())]
     with Pool(1, toy_jobs.ready, renew=renew) as pool:
         found = outcomes(pool, jobs)
     before, after = found["before"], found["after"]
     assert isinstance(before, Done) and isinstance(after, Done)
     assert len({before.value, after.value}) == processes
+
+
+def test_a_worker_that_found_a_config_wrong_checks_no_other() -> None:
+    jobs = [Job(ok, toy_jobs.evidence, (ok,)) for ok in (True, False)] + [Job("after", toy_jobs.evidence, (True,))]
+    with Pool(1, toy_jobs.ready, renew=spent) as pool:
+        found = {tag: outcome.value[0] for tag, outcome in outcomes(pool, jobs).items() if isinstance(outcome, Done)}
+    assert [found[tag]["ok"] for tag in (True, False, "after")] == [True, False, True]
+    assert found[True]["process"] == found[False]["process"] != found["after"]["process"]

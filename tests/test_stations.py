@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cca_attention.autotune import host
+from cca_attention.autotune import host, jobs
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.host import HostCard, cards_for, named_cards
 from cca_attention.autotune.journal import Journal
@@ -105,7 +105,7 @@ def test_jobs_of_a_place_that_is_lost_are_done_at_another(toys: Any, tmp_path: P
     good, doomed = tmp_path / "good", tmp_path / "doomed"
     toy = sys.modules["toy_tunable"]
     args = ("toy_tunable", "toy", toy.ToyConfig(), PROBLEM)
-    with Pool(2, toys.take, renew=True, places=[(str(good),), (str(doomed),)]) as pool:
+    with Pool(2, toys.take, renew=jobs.spent, places=[(str(good),), (str(doomed),)]) as pool:
         found = list(pool.run([Job(n, toys.sample_after, args) for n in range(30)], 30.0))
         assert sorted(job.tag for job, _ in found) == list(range(30))
         assert all(isinstance(outcome, Done) for _, outcome in found), "the card's end is held against no job"
@@ -218,6 +218,6 @@ def test_a_worker_is_given_its_card_before_anything_asks_for_one(monkeypatch: py
 def test_a_failure_that_is_not_the_cards_stays_the_jobs(toys: Any, tmp_path: Path) -> None:
     toy = sys.modules["toy_tunable"]
     args = ("", "", toy.ToyConfig(block_k=64, num_warps=2), PROBLEM)
-    with Pool(1, toys.take, str(tmp_path / "card"), renew=True) as pool:
+    with Pool(1, toys.take, str(tmp_path / "card"), renew=jobs.spent) as pool:
         ((_, outcome),) = pool.run([Job(0, toys.sample_or_harm, args)], 30.0)
     assert isinstance(outcome, Failed) and outcome.kind == "crashed"

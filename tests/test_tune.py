@@ -129,6 +129,18 @@ def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tm
     assert (tmp_path / "journal.jsonl").read_bytes() == journal
 
 
+def test_a_check_that_takes_its_worker_down_on_the_gpu_speaks_against_its_config(toy: Any, tmp_path: Path) -> None:
+    request = request_for(
+        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, verify=toy.check_or_die, sample=toy.always_fast,
+        recheck=toy.check_after,
+    )  # fmt: skip
+    found = run(request)
+    died = {toy.fate_of(config): reason for config, reason in found.quarantined.items()}["raises"]
+    assert died == Quarantined("crash", "the worker ended with code -11", "verify")
+    again = run(replace(request, verify=toy.accept))
+    assert again.quarantined[next(c for c in found.quarantined if toy.fate_of(c) == "raises")] == died
+
+
 def test_a_kernel_that_is_always_wrong_is_given_up(toy: Any, tmp_path: Path) -> None:
     found = run(request_for(toy, tmp_path, verify=toy.reject_all))
     assert (found.stage, found.chosen, len(found.quarantined)) == ("failed", None, MOST_REJECTED)

@@ -89,7 +89,7 @@ def tune(
     no_peers: Annotated[bool, typer.Option("--no-peers", help="Do not time SDPA and FlexAttention beside.")] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Profile to write; default: ./GPU.yaml.")] = None,
     cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where finished trials are kept.")] = None,
-    jobs: Annotated[int | None, number("--jobs", "Worker processes; default: one for each core.")] = None,
+    jobs: Annotated[int | None, number("--jobs", f"Workers; default: one a core, up to {MOST_JOBS}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors and results.")] = False,
 ) -> int:
@@ -168,7 +168,7 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     from platformdirs import user_cache_path
 
     from .autotune import options
-    from .autotune.progress import Request
+    from .autotune.progress import GPU_LIMIT_S, LIMIT_S, Request
 
     cards, cores = cli_cards.to_use(device, given["devices"], given["ray"])
     jobs = given["jobs"] if given["jobs"] is not None else cores or _default_jobs()
@@ -190,7 +190,7 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
         "cards": cards, "ray": given["ray"], "retry_failed": given["retry_failed"],
         "cache_folder": given["cache_dir"] or user_cache_path("cca-attention"), "jobs": jobs,
         "most_compiled": candidates, "rounds": effort.rounds, "strategy": given["strategy"], "budget_s": budget_s,
-        "seed": given["seed"],
+        "seed": given["seed"], "limit_s": GPU_LIMIT_S if cards else LIMIT_S,
     }  # fmt: skip
     ranged = ".." in given["ctx"]
     return [Request(problem=p, least_ctx=bucket.least if ranged else None, **same) for bucket, p in problems]

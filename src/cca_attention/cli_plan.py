@@ -22,7 +22,7 @@ WHAT = (
     "core_heads", "pooling", "kernels", "candidates",
 )  # fmt: skip
 """Options that say what to plan for."""
-HOW = ("effort", "budget", "devices", "seed", "retry_failed", "allow_busy")
+HOW = ("effort", "budget", "devices", "seed", "retry_failed", "allow_busy", "no_peers")
 """Options that say how times are taken."""
 WHERE = ("cache_dir", "jobs", "as_json", "quiet")
 

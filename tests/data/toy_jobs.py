@@ -29,6 +29,11 @@ def fail() -> None:
     raise ValueError("the tile\nis crooked")
 
 
+def evidence(ok: bool) -> list[dict[str, int]]:
+    """A job that verifies a config."""
+    return [{"ok": ok, "process": os.getpid()}]
+
+
 def die() -> None:
     """A job that takes its process down."""
     os.kill(os.getpid(), signal.SIGSEGV)

@@ -124,6 +124,13 @@ def check(module: str, name: str, config: ToyConfig, problem: Problem) -> Eviden
     return {"wrong": evidence(False, "out is off by 2 budgets"), "raises": raised}.get(fate_of(config), evidence(True))
 
 
+def check_or_die(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
+    """The same, but one takes down the process that it is verified in."""
+    if fate_of(config) == "raises":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return check(module, name, config, problem)
+
+
 def check_after(module: str, name: str, config: ToyConfig, problem: Problem) -> Evidence:
     """One is wrong after it was timed."""
     return evidence(not fate_of(config).startswith("wrong"), "out is off by 9 budgets")
