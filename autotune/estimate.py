@@ -28,7 +28,7 @@ WARP_PRODUCT = 2 * 16 * 8 * 16
 def estimated(device: Device, problem: Problem, config: Config, work: Work, launch: Launch) -> Resources:
     """What the kernel of `launch` will take, at least, and about do."""
     threads = config.num_warps * device.threads_per_warp
-    wanted = launch.traits.live_bytes // (4 * threads) + ASSUMED_REGISTERS
+    wanted = launch.traits.working_bytes // (4 * threads) + ASSUMED_REGISTERS
     registers = min(wanted, device.registers_per_thread)
     shared = max(1, config.num_stages - 1) * launch.traits.stage_bytes
     spilled = 4 * (wanted - registers)

@@ -15,7 +15,7 @@ from .devices import Device
 from .journal import Key, Phase
 from .measure import policy_of
 
-REVISION = 4
+REVISION = 5
 """Part of the key of what is read from the compiler: to be raised when the meaning of a figure changes."""
 
 

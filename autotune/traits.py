@@ -27,7 +27,8 @@ class Traits:
     that tiles load (of straight-line code if there is no loop). `stage_bytes`: most bytes that one iteration with a
     product loads as matrices, what each further pipeline stage must buffer. `live_bytes`: most bytes of floating point
     that must be held at once: the largest tile of any sum or product; in a loop what it carries from iteration to
-    iteration, and the largest matrix product besides.
+    iteration, and the largest matrix product besides. `working_bytes`: the same with every product of the loop, as the
+    compiler orders them where one does not wait for another.
     """
 
     dot_flops: float
@@ -35,9 +36,10 @@ class Traits:
     load_bytes: float
     stage_bytes: int
     live_bytes: int
+    working_bytes: int
 
 
-UNKNOWN = Traits(0.0, 0, 0.0, 0, 0)
+UNKNOWN = Traits(0.0, 0, 0.0, 0, 0, 0)
 
 
 @dataclass
@@ -52,14 +54,15 @@ class _Loop:
         """Bytes that an iteration loads as matrices."""
         return sum(size for shape, size in self.loads if len(shape) > 1 and min(shape) > 1)
 
-    def live_bytes(self) -> int:
-        """Bytes that it carries, and of its largest product that is not one of those."""
+    def held_bytes(self) -> tuple[int, int]:
+        """Bytes that it carries with its largest product that is not one of those, and with all of them."""
         products = [[rows, columns] for rows, columns, _ in self.dots]
         for shape, _ in self.carried:
             if shape in products:
                 products.remove(shape)
         carried = sum(math.prod(shape) * ELEMENT_BYTES[kind] for shape, kind in self.carried)
-        return carried + max((4 * math.prod(shape) for shape in products), default=0)
+        sizes = [4 * math.prod(shape) for shape in products]
+        return carried + max(sizes, default=0), carried + sum(sizes)
 
 
 def _tensors(text: str) -> Iterator[tuple[list[int], str]]:
@@ -105,12 +108,15 @@ def read_traits(ttir: str) -> Traits:
     straight, loops = _loops(ttir)
     busy = [loop for loop in loops if loop.dots or loop.loads] or [straight]
     dots = [dot for loop in busy for dot in loop.dots]
+    arithmetic = max(_arithmetic_bytes(ttir), default=0)
+    held = [loop.held_bytes() for loop in loops]
     return Traits(
         dot_flops=float(sum(2 * math.prod(dot) for dot in dots)),
         dot_rows=min((rows for rows, _, _ in dots), default=0),
         load_bytes=float(sum(size for loop in busy for _, size in loop.loads)),
         stage_bytes=max((loop.matrix_bytes() for loop in busy if loop.dots), default=0),
-        live_bytes=max((*(loop.live_bytes() for loop in loops), *_arithmetic_bytes(ttir)), default=0),
+        live_bytes=max((arithmetic, *(least for least, _ in held))),
+        working_bytes=max((arithmetic, *(most for _, most in held))),
     )
 
 

@@ -22,7 +22,10 @@ from cca_attention.problem import Problem
 A100, H100, MI300X = find_device("a100"), find_device("h100"), find_device("mi300x")
 PROBLEM = Problem(q_heads=32, kv_heads=8, seq_len=32768, head_dim=128)
 CONFIG = Config(num_warps=4, num_stages=2)
-TRAITS = Traits(dot_flops=4.0 * 128 * 64 * 128, dot_rows=128, load_bytes=32768.0, stage_bytes=32768, live_bytes=98304)
+TRAITS = Traits(
+    dot_flops=4.0 * 128 * 64 * 128, dot_rows=128, load_bytes=32768.0, stage_bytes=32768, live_bytes=98304,
+    working_bytes=98304,
+)  # fmt: skip
 LAUNCH = Launch("forward_kernel", (256, 32, 1), TRAITS)
 RESOURCES = Resources("forward_kernel", 65536, 200, 0, 4, 1000, 0)
 WORK = Work(flops=1e12, bytes=1e9, exp2=2e9)
@@ -60,18 +63,26 @@ def test_traits_are_those_of_the_loops() -> None:
         load_bytes=32 * 128 * 2 + 32 * 4,
         stage_bytes=32 * 128 * 2,
         live_bytes=4 * (64 + 64 * 128) + 4 * 64 * 32,
+        working_bytes=4 * (64 + 64 * 128) + 4 * 64 * 32,
     )
 
 
 def test_traits_without_a_loop_are_those_of_straight_line_code() -> None:
     straight = "\n".join(line for line in TTIR.splitlines() if line.startswith("    %q") or line.startswith("    %s"))
-    assert read_traits(straight) == Traits(0.0, 0, 64 * 128 * 2.0, 0, 0)
+    assert read_traits(straight) == Traits(0.0, 0, 64 * 128 * 2.0, 0, 0, 0)
 
 
 def test_the_largest_tile_of_arithmetic_is_live() -> None:
     tile = "      %m = arith.mulf %a, %b : tensor<4x64x128xf32>\n"
     assert read_traits(tile).live_bytes == 4 * 64 * 128 * 4
     assert read_traits(TTIR.replace("      %kt", tile + "      %kt", 1)).live_bytes == 4 * 64 * 128 * 4
+
+
+def test_products_of_a_backward_are_held_together_where_the_compiler_likes() -> None:
+    (product,) = (line for line in TTIR.splitlines() if line.startswith("      %d = tt.dot"))
+    least, both = read_traits(TTIR), read_traits(TTIR.replace(product, f"{product}\n{product.replace('%d', '%dp')}", 1))
+    assert both.live_bytes == least.live_bytes
+    assert both.working_bytes == least.working_bytes + 4 * 64 * 32
 
 
 def test_a_loop_within_a_loop_keeps_its_own_loads() -> None:
@@ -216,6 +227,10 @@ def test_an_estimate_grows_into_spills() -> None:
     large = estimated(A100, PROBLEM, CONFIG, WORK, other)
     assert small.spill_bytes == 0 and small.registers < 255
     assert large.spill_bytes > 0 and large.registers == 255
+    # what is only likely to be held decides here, and rules nothing out
+    more = replace(other, traits=replace(TRAITS, working_bytes=2 * TRAITS.working_bytes))
+    assert estimated(A100, PROBLEM, CONFIG, WORK, more).spill_bytes > large.spill_bytes
+    assert certain_shortage(A100, CONFIG, Sketch("key", (more,))) is None
 
 
 def test_configs_that_launch_the_same_are_one() -> None:
