@@ -10,7 +10,8 @@ import torch
 
 from ..kernels.tunable import Config
 from ..problem import Problem
-from ..verify.gate import SEED, Evidence, check_again, check_config, run_trials
+from ..verify.gate import Evidence, check_again, check_config, run_trials
+from ..verify.gate_cases import SEED
 from .compile import compile_config, sketch
 from .worker import Done, Failed
 
