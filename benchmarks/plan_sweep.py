@@ -32,7 +32,7 @@ from cca_attention.autotune.compile import Sketch, aim
 from cca_attention.autotune.devices import Device, device_at_hand
 from cca_attention.autotune.host import HostCard, cards_here, take_card
 from cca_attention.autotune.pool import Pool
-from cca_attention.autotune.worker import Done, Job
+from cca_attention.autotune.worker import Done, Failed, Job
 from cca_attention.kernels.tunable import Config, Tunable
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
@@ -119,6 +119,11 @@ def examine(module: str, name: str, problems: list[Problem], config: Config, dev
     return [{"launches": [asdict(launch) for launch in sketch.launches], **record} for sketch in sketches]
 
 
+def _failed(outcome: Done | Failed) -> bool:
+    """A GPU context does not survive every error: the worker is renewed after any."""
+    return isinstance(outcome, Failed)
+
+
 @dataclass(slots=True)
 class Cell:
     """A kernel and a problem: the resources and launches of each config, or why there are none, and the times."""
@@ -193,7 +198,7 @@ class Sweep:
             self._ready.put(Cell(unit.tunable, role, problem, each, dict(why)))
 
     def _time_on(self, card: HostCard) -> None:
-        with Pool(1, take_card, card.handle, renew=True) as timer:
+        with Pool(1, take_card, card.handle, renew=_failed) as timer:
             while (cell := self._ready.get()) is not None:
                 if self.left() > CELL_S and self._time(cell, timer):
                     self._write(cell, card)
