@@ -20,6 +20,8 @@ ASSUMED_REGISTERS = 90
 """What addresses, masks and operands take besides the live tiles."""
 EACH_PASS, EACH_SCORE, EACH_LOAD, EACH_PRODUCT, EACH_MASK = 120, 7, 8, 1.6, 7
 """Instructions of a warp in every pass, for each score, load and product of it, and for each score that is masked."""
+ASSUMED_EXCHANGES = 72
+"""Words that a warp hands on in a pass to sum its rows, in a kernel without products, if it has fewer than two."""
 ASSUMED_OUTSIDE = 1600
 WARP_PRODUCT = 2 * 16 * 8 * 16
 """Operations of a warp's product."""
@@ -37,9 +39,11 @@ def estimated(device: Device, problem: Problem, config: Config, work: Work, laun
 
 
 def _code(device: Device, problem: Problem, config: Config, work: Work, launch: Launch, spills: int) -> dict[str, Any]:
-    """The figures of the loop over tiles; none for a kernel without one, or without tensor cores."""
+    """The figures of the loop over tiles; few for one without products, none without a loop or tensor cores."""
     walk = walk_of(launch.kernel, problem, config)
-    if walk is None or not launch.traits.dot_flops or problem.element_bytes > 2 or not work.exp2:
+    if walk is not None and not launch.traits.dot_flops:
+        return {"loop_exchanges": ASSUMED_EXCHANGES if walk.rows < 2 * config.num_warps else 0}
+    if walk is None or problem.element_bytes > 2 or not work.exp2:
         return {}
     threads = config.num_warps * device.threads_per_warp
     products = round(work.flops / work.exp2 / (2 * problem.head_dim))

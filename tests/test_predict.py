@@ -16,6 +16,7 @@ from cca_attention.autotune.predict import Prediction, blocks_per_sm, predict, r
 from cca_attention.autotune.search import Trial, ranked
 from cca_attention.autotune.space import MAX_SPILL_BYTES, certain_shortage, distinct, shortage
 from cca_attention.autotune.traits import Traits, read_traits
+from cca_attention.kernels.pooling import PoolingConfig
 from cca_attention.kernels.tunable import Config, Work
 from cca_attention.problem import Problem
 
@@ -231,6 +232,15 @@ def test_an_estimate_grows_into_spills() -> None:
     more = replace(other, traits=replace(TRAITS, working_bytes=2 * TRAITS.working_bytes))
     assert estimated(A100, PROBLEM, CONFIG, WORK, more).spill_bytes > large.spill_bytes
     assert certain_shortage(A100, CONFIG, Sketch("key", (more,))) is None
+
+
+def test_a_warp_with_less_than_two_groups_is_expected_to_hand_words_on() -> None:
+    launch = Launch("pooling_kernel", (1024, 32, 1), replace(TRAITS, dot_flops=0.0, dot_rows=0))
+    few, enough = (
+        estimated(A100, PROBLEM, PoolingConfig(block_c=c, block_t=16, num_warps=2, num_stages=1), WORK, launch)
+        for c in (2, 4)
+    )
+    assert few.loop_exchanges > enough.loop_exchanges == 0
 
 
 def test_configs_that_launch_the_same_are_one() -> None:
