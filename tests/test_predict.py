@@ -10,13 +10,11 @@ import pytest
 from cca_attention.autotune.binary import Resources, loop_costs, tile_costs
 from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import Device, device_table, find_device
-from cca_attention.autotune.estimate import estimated
 from cca_attention.autotune.measure import Timing
 from cca_attention.autotune.predict import Prediction, blocks_per_sm, predict, roofline_us
 from cca_attention.autotune.search import Trial, ranked
 from cca_attention.autotune.space import MAX_SPILL_BYTES, certain_shortage, distinct, shortage
 from cca_attention.autotune.traits import Traits, read_traits
-from cca_attention.kernels.pooling import PoolingConfig
 from cca_attention.kernels.tunable import Config, Work
 from cca_attention.problem import Problem
 
@@ -220,27 +218,6 @@ def test_what_does_not_fit_is_known_after_compiling() -> None:
     assert shortage(A100, (replace(RESOURCES, registers=255, num_warps=16),)) == "registers"
     assert shortage(A100, (replace(RESOURCES, spill_bytes=MAX_SPILL_BYTES),)) is None
     assert shortage(A100, (replace(RESOURCES, spill_bytes=MAX_SPILL_BYTES + 1),)) == "spills"
-
-
-def test_an_estimate_grows_into_spills() -> None:
-    other = replace(LAUNCH, kernel="another_kernel")
-    small = estimated(A100, PROBLEM, replace(CONFIG, num_warps=8), WORK, other)
-    large = estimated(A100, PROBLEM, CONFIG, WORK, other)
-    assert small.spill_bytes == 0 and small.registers < 255
-    assert large.spill_bytes > 0 and large.registers == 255
-    # what is only likely to be held decides here, and rules nothing out
-    more = replace(other, traits=replace(TRAITS, working_bytes=2 * TRAITS.working_bytes))
-    assert estimated(A100, PROBLEM, CONFIG, WORK, more).spill_bytes > large.spill_bytes
-    assert certain_shortage(A100, CONFIG, Sketch("key", (more,))) is None
-
-
-def test_a_warp_with_less_than_two_groups_is_expected_to_hand_words_on() -> None:
-    launch = Launch("pooling_kernel", (1024, 32, 1), replace(TRAITS, dot_flops=0.0, dot_rows=0))
-    few, enough = (
-        estimated(A100, PROBLEM, PoolingConfig(block_c=c, block_t=16, num_warps=2, num_stages=1), WORK, launch)
-        for c in (2, 4)
-    )
-    assert few.loop_exchanges > enough.loop_exchanges == 0
 
 
 def test_configs_that_launch_the_same_are_one() -> None:
