@@ -45,6 +45,7 @@ def verify_job(
     verify: Verify,
 ) -> list[Record]:
     """The evidence that `verify` finds for each config."""
+    torch.set_num_threads(1)  # others verify beside it, and what is computed on the CPU is small
     return [asdict(verify(module, name, config, problem)) for config in configs]
 
 
