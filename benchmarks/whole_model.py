@@ -4,14 +4,18 @@
     python benchmarks/whole_model.py --show docs/data/models-h200.json     # the table of docs/models.md
 
 The model has the shape of Llama-3.1-8B and random weights, bfloat16, batch 1. Times of the first token are medians
-after a call that compiles, but SDPA's, which are of one call; times of a next token are means of STEPS. Where a
-measurement fails, its row says so, and the command ends with 1. `same_tokens` of a row of a static cache: how many in a
-row equal those of the first way of decoding (the logits of random weights are close to each other).
+after a call that compiles, but SDPA's, which are of one call; times of a next token are means of STEPS.
+
+Static caches: `error` is the relative L2 distance of the logits of STEPS steps, all given the same tokens, from those
+of the same steps in float32: the weights and the cache that the prompt left, widened without loss. `from_eager` is the
+distance from the eager step's logits. A decoding that errs more than 1.25 times as much as the eager step has failed.
+Where a measurement fails, its row says so, and the command ends with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 import triton
+from decode_steps import DECODINGS, Step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
@@ -42,7 +47,6 @@ TINY = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-Step = Callable[[Tensor], Tensor]
 Row = dict[str, Any]
 
 
@@ -99,8 +103,8 @@ class Bench:
         options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
         return self.model(ids, **options).logits.argmax(-1)
 
-    def next(self, step: Step, token: Tensor) -> tuple[Row, list[int]]:
-        """The figures of STEPS steps, and the tokens that they made."""
+    def next(self, step: Step, token: Tensor) -> tuple[Row, Tensor]:
+        """The figures of STEPS steps, and the tokens (STEPS,) that went into them."""
         made = [token]
 
         def loop() -> None:
@@ -108,7 +112,7 @@ class Bench:
                 made.append(step(made[-1]).argmax(-1))
 
         ms, _ = self.clock(loop)
-        return {"next_ms": ms / STEPS}, torch.cat(made, 1)[0].tolist()
+        return {"next_ms": ms / STEPS}, torch.cat(made[:STEPS])[:, 0]
 
     def step(self, cache: Any) -> Step:
         return lambda token: self.model(token, past_key_values=cache, use_cache=True).logits
@@ -128,50 +132,28 @@ def state(cache: Any) -> list[Tensor]:
     return [x for layer in cache.layers for x in (*layer.storage, layer.length)]
 
 
-def graph_step(step: Step, token: Tensor) -> Step:
-    """`step` captured in a CUDA graph."""
-    static = token.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step(static)
-
-    def replay(token: Tensor) -> Tensor:
-        static.copy_(token)
-        graph.replay()
-        return logits
-
-    return replay
+def logits_of(step: Step, tokens: Tensor) -> Tensor:
+    """(T, V): the logits after each of the tokens."""
+    return torch.cat([step(token.view(1, 1))[0].double() for token in tokens])
 
 
-def compiled_step(step: Step, token: Tensor, tuned: bool = False) -> Step:
-    """`step` compiled by Inductor, whole, in CUDA graphs of its own; `tuned`: it times the tiles of what it makes."""
-    torch.compiler.reset()
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": tuned}
-    how: dict[str, Any] = {"options": options} if token.is_cuda else {"backend": "aot_eager"}
-    compiled = torch.compile(step, fullgraph=True, **how)
-
-    def call(token: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        logits: Tensor = compiled(token.clone()).clone()
-        return logits
-
-    for _ in range(4):
-        call(token)
-    return call
+def exact_logits(bench: Bench, cache: CCAStaticCache, tokens: Tensor) -> Tensor:
+    """`logits_of` a step from `cache` as it is now, computed in a wider type from the same numbers."""
+    dtype = torch.float32 if bench.model.dtype == torch.bfloat16 else torch.float64
+    model, config = copy.deepcopy(bench.model).to(dtype), bench.model.config
+    wide = CCAStaticCache(config, cache.layers[0].max_cache_len)
+    for layer in wide.layers:
+        like = torch.empty(1, config.num_key_value_heads, 1, config.head_dim, dtype=dtype, device=bench.device)
+        layer.lazy_initialization(like, like)
+        layer.empty = False
+    for into, x in zip(state(wide), state(cache), strict=True):
+        into.copy_(x)
+    return logits_of(lambda token: model(token, past_key_values=wide, use_cache=True).logits, tokens)
 
 
-CAPTURES: dict[str, Callable[[Step, Tensor], Step] | None] = {
-    "eager": None,
-    "CUDA graph": graph_step,
-    "torch.compile": compiled_step,
-    "torch.compile, tuned": partial(compiled_step, tuned=True),
-}
+def distance(x: Tensor, reference: Tensor) -> float:
+    """Relative, in the L2 norm."""
+    return float((x - reference).norm() / reference.norm())
 
 
 def removed(bench: Bench, tokens: int) -> None:
@@ -209,26 +191,32 @@ def cca_static(bench: Bench, tokens: int, core_heads: Any, decodings: list[str])
     first, cache, token = bench.first(bench.prompt(tokens), make, repeats=2)
     after_prompt = [x.clone() for x in state(cache)]
 
-    def rewind() -> None:
+    def rewound(step: Step) -> Step:
+        """`step`, and the cache as the prompt left it."""
         for tensor, before in zip(state(cache), after_prompt, strict=True):
             tensor.copy_(before)
+        return step
 
-    reference: list[int] | None = None
+    eager = bench.step(cache)
+    _, given = bench.next(eager, token)
+    logits_of_eager = logits_of(rewound(eager), given)
+    rewound(eager)
+    exact = exact_logits(bench, cache, given)
+    bound = 1.25 * distance(logits_of_eager, exact)
     for decoding in decodings:
-        capture = CAPTURES.get(decoding)
         begun = time.perf_counter()
-        step = capture(bench.step(cache), token) if capture else bench.step(cache)
-        first["ready_s"] = time.perf_counter() - begun
+        step = DECODINGS[decoding](eager, token)
         step(token)
-        rewind()
-        figures, made = bench.next(step, token)
-        reference = reference or made
-        same = sum(torch.tensor([a == b for a, b in zip(made, reference, strict=True)]).long().cumprod(0).tolist())
+        first["ready_s"] = time.perf_counter() - begun
+        figures, _ = bench.next(rewound(step), token)
+        logits = logits_of(rewound(step), given)
+        figures |= {"error": distance(logits, exact), "from_eager": distance(logits, logits_of_eager)}
         bench.report(
             tokens, f"CCA, {core_heads}", f"static cache, {decoding}",
-            **first, **figures, cache_bytes=cache_bytes(cache), same_tokens=same,
+            **first, **figures, cache_bytes=cache_bytes(cache),
         )  # fmt: skip
-        rewind()
+        if figures["error"] > bound:
+            raise ValueError(f"{decoding}: error {figures['error']} is above {bound}")
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
@@ -270,11 +258,17 @@ def measure(options: argparse.Namespace) -> int:
 
 def table(record: dict[str, Any]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield "| tokens | attention | decoding | first token, s | next token, ms | cache, MB | peak, GB |"
-    yield "|---:|---|---|---:|---:|---:|---:|"
-    units = (("first_ms", 1e3, 2), ("next_ms", 1, 2), ("cache_bytes", 1e6, 1), ("peak_bytes", 1e9, 1))
+    yield (
+        "| tokens | attention | decoding | first token, s | next token, ms "
+        "| error | from eager | cache, MB | peak, GB |"
+    )
+    yield "|---:|---|---|---:|---:|---:|---:|---:|---:|"
+    units = (
+        ("first_ms", 1e3, "2f"), ("next_ms", 1, "2f"), ("error", 1, "2%"), ("from_eager", 1, "2%"),
+        ("cache_bytes", 1e6, "1f"), ("peak_bytes", 1e9, "1f"),
+    )  # fmt: skip
     for row in sorted(record["rows"], key=lambda row: row["tokens"]):
-        cells = [f"{row[name] / unit:.{digits}f}" if name in row else "" for name, unit, digits in units]
+        cells = [f"{row[name] / unit:.{form}}" if name in row else "" for name, unit, form in units]
         yield f"| {' | '.join((str(row['tokens']), row['attention'], row['decoding'], *cells))} |"
 
 
@@ -284,7 +278,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("models.json"), help="where to (default: %(default)s)")
     parser.add_argument("--show", type=Path, help="print the table of this record, measure nothing")
     parser.add_argument("--contexts", nargs="+", type=int, default=[32768, 131072], metavar="TOKENS")
-    parser.add_argument("--decodings", nargs="+", choices=CAPTURES, default=list(CAPTURES)[:3], help="static caches")
+    parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS), help="static caches")
     parts = [call.__name__ for call in (removed, cca_dynamic, cca_static, sdpa)]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="after these, nothing new is begun")

@@ -1,0 +1,81 @@
+"""Ways to run a model's decode step again and again, for whole_model.py: eager, in a CUDA graph, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+
+Step = Callable[[Tensor], Tensor]
+"""From a token [1, 1] to the logits [1, 1, V] of the next."""
+
+GRAPHS = {"triton.cudagraphs": True}
+ROWS = {**GRAPHS, "combo_kernels": True, "realize_reads_threshold": 1, "fx_graph_cache": False}
+"""q, k and v in one kernel, also their rotations; nothing that is read twice is computed twice. The cache of compiled
+graphs does not know of a changed decomposition."""
+
+
+def graph_step(step: Step, token: Tensor) -> Step:
+    """`step` captured in a CUDA graph."""
+    static = token.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(static)
+
+    def replay(token: Tensor) -> Tensor:
+        static.copy_(token)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def row_product(row: Tensor, matrix: Tensor) -> Tensor:
+    """aten.mm of one row as a reduction, which Inductor fuses with its neighbours; of more rows as it is.
+
+    cuBLAS computes it as a product of matrices, on H200 at 2.7 to 3.9 TB/s, and cannot join those of the same row.
+    """
+    if row.shape[0] != 1:
+        return NotImplemented
+    written = row.as_strided(row.shape, row.stride())  # else every program would compute its own copy of the row
+    return (written.float().t() * matrix.float()).sum(0, keepdim=True).to(row.dtype)
+
+
+def by_rows(graph: Any, inputs: Any) -> Any:
+    """A backend of ``torch.compile``: Inductor with `row_product`."""
+    table = {**select_decomp_table(), torch.ops.aten.mm.default: row_product}
+    return compile_fx(graph, inputs, config_patches=ROWS, decompositions=table)
+
+
+def compiled_step(step: Step, token: Tensor, **how: Any) -> Step:
+    """`step` compiled whole, in CUDA graphs of Inductor's; `how`: further arguments of ``torch.compile``."""
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, **(how if token.is_cuda else {"backend": "aot_eager"}))
+
+    def call(token: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        logits: Tensor = compiled(token.clone()).clone()
+        return logits
+
+    for _ in range(4):
+        call(token)
+    return call
+
+
+DECODINGS: dict[str, Callable[[Step, Tensor], Step]] = {
+    "eager": lambda step, _: step,
+    "CUDA graph": graph_step,
+    "torch.compile": partial(compiled_step, options=GRAPHS),
+    "torch.compile, row products": partial(compiled_step, backend=by_rows),
+}
