@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -37,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cores of key/value heads": {"core_heads": "kv"},
     "one key/value head": {"kv_heads": 1, "q_heads": 7},
     "pooled by the mean": {"pooling": "mean"},
+    "an even number of tiles of cores, in pairs": {"q_heads": 66, "kv_heads": 33},
+    "an odd number of tiles of cores, in pairs": {"q_heads": 66, "kv_heads": 33, "batch": 1, "seq_len": 1201},
 }
 
 
@@ -61,6 +64,17 @@ def test_what_they_cannot_run_is_said(change: dict[str, Any], said: str | None) 
 def test_a_config_that_cannot_work_is_refused(name: str, values: dict[str, int], said: str) -> None:
     found = tunables("sm_90")[name].config(**values).refusal(Problem(**BASE))
     assert found is not None and said in found
+
+
+def test_tiles_of_cores_go_in_pairs_where_that_leaves_few_programs_idle() -> None:
+    default = tunables("sm_90")["backward_dcore_hopper"].default
+    long = {"q_heads": 32, "kv_heads": 32, "group_size": 16, "window_size": 1024}
+    found = {t: default(Problem(**{**BASE, "batch": 1, **long, "seq_len": t}), "sm_90") for t in (8192, 32768, 131072)}
+    assert [config.item_tiles for config in found.values()] == [1, 2, 2]
+    for name in CASES:
+        config = default(Problem(**{**BASE, **CASES[name]}), "sm_90")
+        assert config.item_tiles == (2 if "in pairs" in name else 1), name
+    assert "3 is not 1 or 2" in str(dataclasses.replace(config, item_tiles=3).refusal(Problem(**BASE)))
 
 
 COMPILE = """

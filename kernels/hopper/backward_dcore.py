@@ -18,38 +18,63 @@ from ..primitives import LOG2_E, first_query_of_core
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
 from .limits import ARCH
-from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, turns
+from .pipeline import (
+    COMPUTE_REGISTERS,
+    FEEDER_REGISTERS,
+    MULTIPROCESSORS,
+    describe,
+    item_of,
+    multiprocessors,
+    turns,
+)
 
 
 @gluon.jit
-def locate(item, sizes, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """(batch, core head, first core, tiles of queries); the first cores of all heads come first."""
+def locate(
+    turn, sizes, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr, ITEM_TILES: gl.constexpr
+):
+    """(batch, core head, first core, tiles of queries, whether these come in rising order) of a turn.
+
+    An item is one tile of cores, the first ones of all heads first; or it is two of one head, a long and a short one,
+    which have the same number of queries in every item. Then the programs of a head walk through its queries side by
+    side, down from the end for long tiles and up to it for short ones, and L2 serves all but one of them.
+    """
     seq_len, num_cores, core_heads, items, _ = sizes
-    heads = items // gl.cdiv(num_cores, BLOCK_KEYS)
-    head = item % heads
-    first_c = item // heads * BLOCK_KEYS
+    columns = gl.cdiv(num_cores, BLOCK_KEYS)
+    item = item_of(turn // ITEM_TILES)
+    rising = turn % ITEM_TILES
+    if ITEM_TILES == 2:
+        pairs = (columns + 1) // 2
+        head = item // pairs
+        place = item % pairs
+        column = gl.where(rising == 1, columns - (columns + 1) % 2 - place, place)
+    else:
+        heads = items // columns
+        head = item % heads
+        column = item // heads
+    first_c = column * BLOCK_KEYS
     last_c = gl.minimum(first_c + BLOCK_KEYS, num_cores) - 1
     start = first_query_of_core(first_c, GROUP_SIZE, WINDOW_SIZE)
     full = first_query_of_core(last_c, GROUP_SIZE, WINDOW_SIZE)
     tiles = query_tiles(start, full, seq_len, seq_len, BLOCK_Q)
-    return head // core_heads, head % core_heads, first_c, tiles
+    return head // core_heads, head % core_heads, first_c, tiles, rising == 1
 
 
 @gluon.jit
 def feed(
     descriptors, tiles_smem, bars, sizes, lse_ptr, delta_ptr,
     GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
+    NUM_STAGES: gl.constexpr, ITEM_TILES: gl.constexpr,
 ):  # fmt: skip
     """The feeding warp: the cores of each tile, then the queries of each of their heads."""
     q_desc, dout_desc, k_desc, v_desc = descriptors
     seq_len, _, core_heads, items, q_per_core = sizes
     count = 0
-    for turn in range(turns(items)):
-        batch, core_head, first_c, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+    for turn in range(ITEM_TILES * turns(items)):
+        batch, core_head, first_c, tiles, rising = locate(turn, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, ITEM_TILES)
         feed_keys(turn, batch, core_head, first_c, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
         count = feed_queries(
-            batch, core_head * q_per_core, q_per_core, core_heads * q_per_core, tiles, seq_len, count,
+            batch, core_head * q_per_core, q_per_core, core_heads * q_per_core, tiles, rising, seq_len, count,
             q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars, BLOCK_Q, HEAD_DIM, NUM_STAGES,
         )  # fmt: skip
 
@@ -58,7 +83,7 @@ def feed(
 def compute(
     GROUP: gl.constexpr, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
     SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, PART: gl.constexpr,
-    BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
+    BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr, ITEM_TILES: gl.constexpr,
 ):  # fmt: skip
     """Four computing warps: one half (GROUP 0 or 1) of the cores of every tile."""
     seq_len, num_cores, _, items, q_per_core = sizes
@@ -66,8 +91,8 @@ def compute(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     count = 0
-    for turn in range(turns(items)):
-        batch, core_head, first_c, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
+    for turn in range(ITEM_TILES * turns(items)):
+        batch, core_head, first_c, tiles, _rising = locate(turn, sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, ITEM_TILES)
         first_c += GROUP * HALF
         offs_c = first_c + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
         first_query = first_query_of_core(offs_c, GROUP_SIZE, WINDOW_SIZE)
@@ -93,20 +118,21 @@ def compute(
 def backward_dcore_hopper_kernel(
     q_desc, dout_desc, k_desc, v_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, grad_strides, sizes,
     SCALE: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    PART: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, FEEDER: gl.constexpr, COMPUTE: gl.constexpr,
+    PART: gl.constexpr, BLOCK_Q: gl.constexpr, NUM_STAGES: gl.constexpr, ITEM_TILES: gl.constexpr, FEEDER: gl.constexpr,
+    COMPUTE: gl.constexpr,
 ):
     # fmt: on
-    """Persistent: each program takes the tiles of cores that `item_of` gives it."""
+    """Persistent: each program takes the tiles of cores that `locate` gives it."""
     tiles_smem, bars = allocate(q_desc, k_desc, BLOCK_Q, HEAD_DIM, NUM_STAGES)
     descriptors = (q_desc, dout_desc, k_desc, v_desc)
     gl.warp_specialize(
         [
             (compute, (0, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES, ITEM_TILES)),
             (compute, (1, tiles_smem, bars, sizes, dk_ptr, dv_ptr, grad_strides,
-                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+                       SCALE, GROUP_SIZE, WINDOW_SIZE, PART, BLOCK_Q, HEAD_DIM, NUM_STAGES, ITEM_TILES)),
             (feed, (descriptors, tiles_smem, bars, sizes, lse_ptr, delta_ptr,
-                    GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+                    GROUP_SIZE, WINDOW_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES, ITEM_TILES)),
         ],
         [4, 1],
         [COMPUTE, FEEDER],
@@ -115,12 +141,28 @@ def backward_dcore_hopper_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardDcoreHopperConfig(QueryTilesConfig):
-    """Launch choices of `backward_dcore_hopper_kernel`."""
+    """Launch choices of `backward_dcore_hopper_kernel`; `item_tiles`: tiles of cores of an item, see `locate`."""
+
+    item_tiles: int = 1
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this config cannot run `problem`, or None."""
+        if self.item_tiles not in (1, 2):
+            return f"item_tiles {self.item_tiles} is not 1 or 2"
+        return QueryTilesConfig.refusal(self, problem)
+
+
+def items_of(num_cores: int, heads: int, item_tiles: int) -> int:
+    """Items of `heads` heads in all, of `num_cores` cores each."""
+    columns = triton.cdiv(num_cores, BLOCK_KEYS.value)
+    return triton.cdiv(columns, item_tiles) * heads
 
 
 def default_config(problem: Problem, arch: str) -> BackwardDcoreHopperConfig:
-    """A config that runs every `problem` of these kernels."""
-    return BackwardDcoreHopperConfig(block_q=64, num_stages=3)
+    """A config that runs every `problem` of these kernels: tiles in pairs where these leave few programs idle."""
+    pairs = items_of(problem.seq_len // problem.group_size, problem.num_core_heads * problem.batch, 2)
+    even = 10 * triton.cdiv(pairs, MULTIPROCESSORS) * MULTIPROCESSORS <= 11 * pairs
+    return BackwardDcoreHopperConfig(block_q=64, num_stages=3, item_tiles=2 if even else 1)
 
 
 def launch_backward_dcore_hopper(
@@ -142,7 +184,7 @@ def launch_backward_dcore_hopper(
     """
     tokens, head_dim = q.shape[2:]
     batch, core_heads, num_cores = k_core.shape[:3]
-    items = triton.cdiv(num_cores, BLOCK_KEYS.value) * core_heads * batch
+    items = items_of(num_cores, core_heads * batch, config.item_tiles)
     grad_strides, part = core_gradient_layout(dk_core, dv_core)
     backward_dcore_hopper_kernel[(min(multiprocessors(q.device), items),)](
         describe(q, config.block_q), describe(dout, config.block_q),
@@ -155,6 +197,7 @@ def launch_backward_dcore_hopper(
         PART=part or head_dim,
         BLOCK_Q=config.block_q,
         NUM_STAGES=config.num_stages,
+        ITEM_TILES=config.item_tiles,
         FEEDER=FEEDER_REGISTERS,
         COMPUTE=COMPUTE_REGISTERS,
         num_warps=config.num_warps,
@@ -169,7 +212,7 @@ def launch(problem: Problem, tensors: dict[str, Tensor], config: BackwardDcoreHo
 BACKWARD_DCORE_HOPPER = Tunable(
     name="backward_dcore_hopper",
     config=BackwardDcoreHopperConfig,
-    space=SPACE,
+    space={**SPACE, "item_tiles": (1, 2)},
     default=default_config,
     allocate=allocate_dcore,
     launch=launch,

@@ -48,7 +48,7 @@ def feed(
         batch, kv_head, first, tiles = locate(item_of(turn), sizes, GROUP_SIZE, WINDOW_SIZE, BLOCK_Q)
         feed_keys(turn, batch, kv_head, first, k_desc, v_desc, tiles_smem, bars, HEAD_DIM)
         count = feed_queries(
-            batch, kv_head * q_per_kv, q_per_kv, kv_heads * q_per_kv, tiles, seq_len, count,
+            batch, kv_head * q_per_kv, q_per_kv, kv_heads * q_per_kv, tiles, False, seq_len, count,
             q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars, BLOCK_Q, HEAD_DIM, NUM_STAGES,
         )  # fmt: skip
 

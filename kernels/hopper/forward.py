@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ...spec import CCASpec
 from ..forward import allocate, work
-from ..primitives import LN_2, scale_log2
+from ..primitives import LN_2, first_local, scale_log2, visible_cores
 from ..tunable import Tunable
 from .limits import ARCH
 from .pipeline import describe, item_of, pack, settle, slot, turns, unpack
@@ -37,17 +37,13 @@ from .queries import (
     visible,
 )
 
+EDGE = gl.constexpr(64)
+"""Keys of a part of a tile at an edge: what none of a group's queries sees is left out in such parts."""
+
 
 @gluon.jit
-def softmax_step(
-    scores, is_core, key, offs_q, row_max, row_sum,
-    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
-    MASKED: gl.constexpr, SCORES: gl.constexpr,
-):  # fmt: skip
+def softmax_step(scores, row_max, row_sum, SCALE_LOG2: gl.constexpr, MASKED: gl.constexpr):
     """(probabilities, row_max, row_sum, factor for all that was summed before), base 2, as `primitives.attend`."""
-    if MASKED:
-        seen = visible(offs_q, is_core, key, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, SCORES)
-        scores = gl.where(seen, scores, -float("inf"))
     new_max = gl.maximum(row_max, gl.max(scores, axis=1) * SCALE_LOG2)
     pivot = new_max
     if MASKED:
@@ -59,12 +55,62 @@ def softmax_step(
 
 
 @gluon.jit
-def sweep(
-    q, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
-    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
-    NUM_STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+def sees_some(
+    first_q, is_core, key,
+    GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, QUERIES: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles first .. end - 1; `probs` are those of the tile before, whose values are here, and still to be added.
+    """Whether one of the QUERIES from `first_q` on sees one of the KEYS from `key` on."""
+    last = first_q + QUERIES - 1
+    near = (key <= last) & (key + KEYS > first_local(first_q, GROUP_SIZE, WINDOW_SIZE))
+    return gl.where(is_core, key < visible_cores(last, GROUP_SIZE, WINDOW_SIZE), near)
+
+
+@gluon.jit
+def sweep_edges(
+    q, keys_smem, bars, acc, row_max, row_sum, first_q, tiles, edges, count,
+    SCALE_LOG2: gl.constexpr, GROUP_SIZE: gl.constexpr, WINDOW_SIZE: gl.constexpr, BLOCK_K: gl.constexpr,
+    NUM_STAGES: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """The tiles at the edges of what is seen, in parts of EDGE keys, without the parts that none of these rows see."""
+    k_smem, v_smem = keys_smem
+    _, _, k_ready, k_free, v_ready, v_free = bars
+    HALF: gl.constexpr = q.shape[0]
+    HEAD_DIM: gl.constexpr = q.shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, EDGE, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
+    for number in range(edges):
+        stage, parity = slot(count, NUM_STAGES)
+        is_core, key = key_at(number, tiles, BLOCK_K)
+        mbarrier.wait(k_ready.index(stage), parity)
+        mbarrier.wait(v_ready.index(stage), parity)
+        for part in gl.static_range(BLOCK_K // EDGE):
+            at = key + part * EDGE
+            if sees_some(first_q, is_core, at, GROUP_SIZE, WINDOW_SIZE, HALF, EDGE):
+                k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM]).slice(part * EDGE, EDGE)
+                v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM]).slice(part * EDGE, EDGE)
+                scores = gl.zeros([HALF, EDGE], gl.float32, layout=SCORES)
+                scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+                scores = warpgroup_mma_wait(0, deps=[scores])
+                seen = visible(offs_q, is_core, at, GROUP_SIZE, WINDOW_SIZE, EDGE, SCORES)
+                scores = gl.where(seen, scores, -float("inf"))
+                probs, row_max, row_sum, rescale = softmax_step(scores, row_max, row_sum, SCALE_LOG2, True)
+                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+                probs = gl.convert_layout(probs.to(v_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
+                acc = warpgroup_mma(probs, v, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        mbarrier.arrive(v_free.index(stage), count=1)
+        count += 1
+    return acc, row_max, row_sum, count
+
+
+@gluon.jit
+def sweep(
+    q, keys_smem, bars, acc, row_max, row_sum, tiles_left, count,
+    SCALE_LOG2: gl.constexpr, BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """The tiles that every query sees whole: the scores of one while the values of the one before are added.
 
     The wait for the next values ends a basic block: the assembler would otherwise move the wait for the product with
     the ones before up, and leave the exponentials without a product to run beside.
@@ -74,10 +120,22 @@ def sweep(
     HALF: gl.constexpr = q.shape[0]
     HEAD_DIM: gl.constexpr = q.shape[1]
     DTYPE: gl.constexpr = v_smem.dtype
-    for number in range(first, end):
+    # of the first tile there are only scores
+    stage, parity = slot(count, NUM_STAGES)
+    k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+    scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
+    mbarrier.wait(k_ready.index(stage), parity)
+    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    wide, row_max, row_sum, rescale = softmax_step(scores, row_max, row_sum, SCALE_LOG2, False)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+    probs = pack(wide, DTYPE)
+    mbarrier.wait(v_ready.index(stage), parity)
+    count += 1
+    for _number in range(1, tiles_left):
         stage, parity = slot(count, NUM_STAGES)
         before = (count - 1) % NUM_STAGES
-        is_core, key = key_at(number, tiles, BLOCK_K)
         k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
         v = v_smem.index(before).reshape([BLOCK_K, HEAD_DIM])
         scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
@@ -86,10 +144,7 @@ def sweep(
         acc = warpgroup_mma(unpack(probs, DTYPE, OUT), v, acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
-        wide, row_max, row_sum, rescale = softmax_step(
-            scores, is_core, key, offs_q, row_max, row_sum,
-            SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, MASKED, SCORES,
-        )  # fmt: skip
+        wide, row_max, row_sum, rescale = softmax_step(scores, row_max, row_sum, SCALE_LOG2, False)
         probs = pack(wide, DTYPE)
         mbarrier.wait(v_ready.index(stage), parity)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -97,7 +152,12 @@ def sweep(
         probs = settle(probs)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
         count += 1
-    return probs, acc, row_max, row_sum, count
+    stage = (count - 1) % NUM_STAGES
+    v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
+    acc = warpgroup_mma(unpack(probs, DTYPE, OUT), v, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_free.index(stage), count=1)
+    return acc, row_max, row_sum, count
 
 
 @gluon.jit
@@ -107,12 +167,12 @@ def compute(
     HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four computing warps: one half (GROUP 0 or 1) of the queries of every tile."""
-    k_smem, v_smem = keys_smem
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = bars
+    q_ready, q_free, _, _, _, _ = bars
     seq_len, heads, items, _, _ = sizes
     HALF: gl.constexpr = BLOCK_Q // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    EDGE_ROWS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, EDGE, 16]))
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     count = 0
     for turn in range(turns(items)):
@@ -122,47 +182,32 @@ def compute(
         buffer, q_parity = slot(turn, BUFFERS)
         place = 2 * buffer + GROUP
         q = q_smem.index(place).reshape([HALF, HEAD_DIM])
-        offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
-        row_max = gl.full([HALF], -float("inf"), gl.float32, layout=ROWS)
-        row_sum = gl.zeros([HALF], gl.float32, layout=ROWS)
+        row_max = gl.full([HALF], -float("inf"), gl.float32, layout=EDGE_ROWS)
+        row_sum = gl.zeros([HALF], gl.float32, layout=EDGE_ROWS)
         acc = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=OUT)
-        # the first tile is at an edge, as every tile of queries has its own tokens; there are no values to add yet
-        stage, parity = slot(count, NUM_STAGES)
-        is_core, key = key_at(0, tiles, BLOCK_K)
-        k = k_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
-        scores = gl.zeros([HALF, BLOCK_K], gl.float32, layout=SCORES)
         mbarrier.wait(q_ready.index(place), q_parity)
-        mbarrier.wait(k_ready.index(stage), parity)
-        scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_free.index(stage), count=1)
-        wide, row_max, row_sum, _rescale = softmax_step(
-            scores, is_core, key, offs_q, row_max, row_sum,
-            SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, True, SCORES,
-        )  # fmt: skip
-        probs = pack(wide, v_smem.dtype)
-        mbarrier.wait(v_ready.index(stage), parity)
-        count += 1
+        rows = q.load(gl.DotOperandLayout(0, SCORES, 2))
         # the output of the tile before has left by now
         tma.store_wait(0)
         mbarrier.arrive(q_free.index((place + 2) % (2 * BUFFERS)), count=1, pred=turn > 0)
-        rows = q.load(gl.DotOperandLayout(0, SCORES, 2))
-        for full in gl.static_range(2):
-            first, end = (1, edges) if full == 0 else (edges, total)
-            probs, acc, row_max, row_sum, count = sweep(
-                rows, keys_smem, bars, probs, acc, row_max, row_sum, offs_q, tiles, first, end, count,
-                SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, full == 0, SCORES, OUT,
+        # every tile of queries has edges, as it has its own tokens
+        acc, row_max, row_sum, count = sweep_edges(
+            rows, keys_smem, bars, acc, row_max, row_sum, first_q, tiles, edges, count,
+            SCALE_LOG2, GROUP_SIZE, WINDOW_SIZE, BLOCK_K, NUM_STAGES, OUT,
+        )  # fmt: skip
+        row_max = gl.convert_layout(row_max, ROWS)
+        row_sum = gl.convert_layout(row_sum, ROWS)
+        if total > edges:
+            acc, row_max, row_sum, count = sweep(
+                rows, keys_smem, bars, acc, row_max, row_sum, total - edges, count,
+                SCALE_LOG2, BLOCK_K, NUM_STAGES, SCORES, OUT,
             )  # fmt: skip
-        stage = (count - 1) % NUM_STAGES
-        v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
-        acc = warpgroup_mma(unpack(probs, v_smem.dtype, OUT), v, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_free.index(stage), count=1)
         # the queries are done with: the output leaves through their memory, and is cut off at the sequence's end
         share = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))
-        q.store((acc * share[:, None]).to(v_smem.dtype))
+        q.store((acc * share[:, None]).to(q_smem.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [batch, head, first_q, 0], q_smem.index(place))
+        offs_q = first_q + gl.arange(0, HALF, layout=ROWS)
         lse_at = lse_ptr + (batch * heads + head).to(gl.int64) * seq_len
         gl.store(lse_at + offs_q, (row_max + gl.log2(row_sum)) * LN_2, mask=offs_q < seq_len)
     tma.store_wait(0)

@@ -67,12 +67,13 @@ def feed_keys(turn, batch, head, first, k_desc, v_desc, tiles_smem, bars, HEAD_D
 
 @gluon.jit
 def feed_queries(
-    batch, first_head, heads, all_heads, tiles, seq_len, count, q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars,
+    batch, first_head, heads, all_heads, tiles, rising, seq_len, count,
+    q_desc, dout_desc, lse_ptr, delta_ptr, tiles_smem, bars,
     BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The queries of `heads` heads from `first_head` on, in the order that `sweep` takes them, with what is theirs.
 
-    Those that see every key come last first: tiles of keys have their last queries in common, and find them in L2.
+    Those that see every key come last first, or first first if `rising`.
     """
     q_smem, dout_smem, lse_smem, delta_smem, _, _ = tiles_smem
     _, _, q_ready, q_free, dout_ready, dout_free = bars
@@ -82,7 +83,8 @@ def feed_queries(
         head = first_head + step // total
         number = step % total
         edge = number + gl.where(number < left, 0, full)
-        query = start + gl.where(number < left + right, edge, total + left - 1 - number) * BLOCK_Q
+        whole = gl.where(rising, number - right, total + left - 1 - number)
+        query = start + gl.where(number < left + right, edge, whole) * BLOCK_Q
         stage, parity = slot(count, NUM_STAGES)
         ready = q_ready.index(stage)
         mbarrier.wait(q_free.index(stage), parity ^ 1)
