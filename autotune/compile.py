@@ -94,7 +94,7 @@ def aim(arch: str) -> None:
     target = target_of(arch)
     driver.set_active(CompileOnlyDriver(target))
     # the launcher asks this of the device that its tensors are on, and meta is none
-    decode._can_start_early = lambda device: target.backend == "cuda" and target.arch >= 90
+    decode._can_start_early = functools.cache(lambda device: target.backend == "cuda" and target.arch >= 90)
 
 
 def find_tunable(module: str, name: str) -> Tunable:
