@@ -10,7 +10,7 @@ import torch
 
 from ..kernels.tunable import Config
 from ..problem import Problem
-from ..verify.gate import Evidence, check_again, check_config, run_trials
+from ..verify.gate import Evidence, check_config, run_trials
 from ..verify.gate_cases import SEED
 from .compile import compile_config, sketch
 from .worker import Done, Failed
@@ -50,20 +50,25 @@ def verify_job(
 
 
 def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
-    """Run the config on small shapes against the oracle: on a GPU in this process, which is lost if that goes wrong.
+    """Run the config on every small shape against the oracle."""
+    return _by_gate(name, config, problem)
 
-    Without a GPU it is a process of its own, where Triton interprets.
-    """
-    if torch.cuda.is_available():
-        return run_trials(name, config, problem, "cuda")
-    return check_config(name, config, problem=problem)
+
+def check_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
+    """What a config must pass before it is timed: the first small shape, which has several of its tiles."""
+    return _by_gate(name, config, problem, only_first=True)
 
 
 def recheck_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
-    """Run a config that was timed once more, with other contents in used memory and in new memory."""
+    """What it must pass after: every small shape, with contents that it was not checked with."""
+    return _by_gate(name, config, problem, seed=SEED + 1)
+
+
+def _by_gate(name: str, config: Config, problem: Problem, **how: Any) -> Evidence:
+    """By the gate: on a GPU in this process, which is lost if that goes wrong, elsewhere in the interpreter's own."""
     if torch.cuda.is_available():
-        return run_trials(name, config, problem, "cuda", seed=SEED + 1, only_again=True)
-    return check_again(name, config, problem=problem)
+        return run_trials(name, config, problem, "cuda", **how)
+    return check_config(name, config, problem=problem, **how)
 
 
 def spent(outcome: Done | Failed) -> bool:

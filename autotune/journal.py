@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-Phase = Literal["sketch", "compile", "verify", "measure", "round", "recheck", "choice"]
+Phase = Literal["sketch", "compile", "check", "measure", "round", "recheck", "verify", "choice"]
 VERSION = 1
 
 

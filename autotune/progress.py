@@ -14,7 +14,7 @@ from ..verify.gate import TIMEOUT_S
 from .compile import Sketch
 from .devices import Device
 from .host import HostCard, take_card
-from .jobs import Sample, Verify, recheck_by_gate, verify_by_gate
+from .jobs import Sample, Verify, check_by_gate, recheck_by_gate, verify_by_gate
 from .journal import Phase
 from .measure import sample
 from .outcome import Quarantined
@@ -22,10 +22,9 @@ from .race import Round
 from .search import Trial
 
 LIMIT_S: dict[Phase, float] = {
-    "sketch": 60.0, "compile": 60.0, "verify": TIMEOUT_S + 60.0, "measure": 120.0, "recheck": TIMEOUT_S + 60.0
+    "sketch": 60.0, "compile": 60.0, "check": 120.0, "measure": 120.0, "recheck": 120.0, "verify": TIMEOUT_S + 60.0
 }  # fmt: skip
-GPU_LIMIT_S = {**LIMIT_S, "verify": 120.0, "recheck": 120.0}
-"""What a GPU has not done by then, compiling included, hangs; without one, kernels are interpreted."""
+"""Seconds for a job, compiling included: what a GPU has not done by then hangs. `verify` may be interpreted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class Request:
     for, None for itself alone. `only`: by kernel, what is tried beside the built-in config, None for the whole space.
     `cards`: the GPUs to time on, all alike; with none, the one that PyTorch uses; `take` makes a worker process use
     one of them; `ray`: the address of the Ray cluster whose workers do it all, None for this machine's own.
-    `retry_failed`: what earlier runs put out is tried again. `verify`, `sample` and `recheck` are called in worker
+    `retry_failed`: what earlier runs put out is tried again. `check`, `sample` and `recheck` are called in worker
     processes in this order where the GPU is at hand, elsewhere `verify` alone; `limit_s` is the time that a job of
     each phase has.
     """
@@ -60,9 +59,10 @@ class Request:
     take: Callable[[str], None] = take_card
     ray: str | None = None
     retry_failed: bool = False
-    verify: Verify = verify_by_gate
+    check: Verify = check_by_gate
     sample: Sample = sample
     recheck: Verify = recheck_by_gate
+    verify: Verify = verify_by_gate
     limit_s: Mapping[Phase, float] = field(default_factory=lambda: LIMIT_S)
 
 

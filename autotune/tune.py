@@ -129,7 +129,7 @@ class Tuner:
             records = outcome.value if isinstance(outcome, Done) else [record_of(outcome, phase)] * len(configs)
             # a check that raised, or was lost though a child runs the config, says nothing of it: it is not remembered
             known = isinstance(outcome, Done) or (outcome.kind != "error" and self._request.at_hand)
-            if known or phase not in ("verify", "recheck"):
+            if known or phase not in ("check", "verify", "recheck"):
                 keys = (self._keys.of(phase, kernel.tunable, config) for config in configs)
                 self._journal.add(zip(keys, records, strict=True))
             for config, record in zip(configs, records, strict=True):
@@ -217,8 +217,8 @@ class Tuner:
             open_trials = [t for t in kernel.trials.values() if t.refusal is None and t.config not in kernel.checked]
             open_trials.sort(key=lambda trial: place.get(trial.config, len(place)))
             queues.append([(kernel, (trial.config,)) for trial in open_trials])
-        job = partial(jobs.verify_job, verify=self._request.verify)
-        self._settle(pool, "verify", list(_in_turns(queues)), job, self._absorb_check, until)
+        job = partial(jobs.verify_job, verify=self._request.check)
+        self._settle(pool, "check", list(_in_turns(queues)), job, self._absorb_check, until)
         for kernel in kernels:
             for config in [c for c, t in kernel.trials.items() if t.refusal is None and c not in kernel.checked]:
                 kernel.trials[config] = replace(kernel.trials[config], refusal="there was no time to verify it")
@@ -227,7 +227,7 @@ class Tuner:
         if record.get("ok"):
             kernel.checked[config] = record
         else:
-            _put_out(kernel, config, record, "verify")
+            _put_out(kernel, config, record, "check")
 
     def _verify(self, pool: Pool) -> None:
         """Check the best config of each kernel, then the next of those whose check it failed.

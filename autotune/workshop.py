@@ -23,8 +23,8 @@ from .stations import Station, spread
 if TYPE_CHECKING:
     from .tune import Tuner
 
-MOST_CHECKERS = 6
-"""Processes that verify on one GPU at a time; each has a context there, and its own child another."""
+MOST_CHECKERS = 8
+"""Processes that verify at a time, on all GPUs of a machine: each has a context, and a third of a gigabyte."""
 COMPILED_BY, CHECKED_BY = 0.4, 0.6
 """Shares of the budget after which no further config is compiled, and verified, where the rest goes into timing."""
 
@@ -105,7 +105,7 @@ Staff = tuple[Pool, Pool, list[Station]]
 
 def _local(request: Request) -> Staff:
     """Who compiles, verifies and times on this machine; without cards there is the GPU that PyTorch uses of itself."""
-    size, places = min(request.jobs, MOST_CHECKERS * max(1, len(request.cards))), _places(request)
+    size, places = max(len(request.cards), min(request.jobs, MOST_CHECKERS)), _places(request)
     compilers = Pool(request.jobs, aim, request.device.arch)
     if not places:
         checkers, timer = (Pool(count, jobs.no_setup, renew=jobs.spent) for count in (size, 1))

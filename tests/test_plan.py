@@ -48,7 +48,7 @@ def test_confirming_times_the_short_list_and_the_built_in_config_alone(toy: Any,
     entries = tuple(entry.model_copy(update={"shortlist": listed}) for entry in profile.entries)
     lists = planned(profile.model_copy(update={"entries": entries}))
     here = replace(
-        absent(toy, tmp_path), at_hand=True, most_compiled=3, verify=toy.check, sample=toy.time_it,
+        absent(toy, tmp_path), at_hand=True, most_compiled=3, check=toy.check, sample=toy.time_it,
         recheck=toy.check_after,
     )  # fmt: skip
     request = confirmation(here, lists[PROBLEM])

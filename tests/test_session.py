@@ -75,7 +75,7 @@ def test_a_budget_that_is_up_stops_compiling_and_the_built_in_config_is_there(to
 
 def test_a_budget_leaves_time_to_time_what_was_compiled(toy: Any, tmp_path: Path) -> None:
     request = request_for(
-        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, budget_s=30.0, verify=toy.accept, recheck=toy.accept,
+        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, budget_s=30.0, check=toy.accept, recheck=toy.accept,
         sample=toy.always_fast,
     )  # fmt: skip
     session, _ = run(request, tmp_path / "a100.yaml")

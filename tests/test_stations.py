@@ -130,7 +130,7 @@ def races(toys: Any, folder: Path, used: tuple[HostCard, ...], lengths: tuple[in
     toy = sys.modules["toy_tunable"]
     request = Request(
         device=find_device("a100"), problem=PROBLEM, tunables=(toy.TOY,), cache_folder=folder, at_hand=True, jobs=2,
-        most_compiled=0, cards=used, take=toys.take, sample=toys.sample, verify=toy.accept, recheck=toy.accept,
+        most_compiled=0, cards=used, take=toys.take, sample=toys.sample, check=toy.accept, recheck=toy.accept,
     )  # fmt: skip
     with Journal(folder) as journal, Workshop(request) as workshop:
         requests = [replace(request, problem=replace(PROBLEM, seq_len=length)) for length in lengths]

@@ -103,14 +103,14 @@ def test_a_wrong_config_is_quarantined_and_the_next_is_chosen(toy: Any, cache: P
 
 def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tmp_path: Path) -> None:
     request = request_for(
-        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, verify=toy.check, sample=toy.time_it,
+        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, check=toy.check, sample=toy.time_it,
         recheck=toy.check_after, limit_s={**Request.__dataclass_fields__["limit_s"].default_factory(), "measure": 5.0},
     )  # fmt: skip
     found = run(request)
     outcomes = {toy.fate_of(config): (reason.outcome, reason.phase) for config, reason in found.quarantined.items()}
     assert outcomes == {
-        "wrong": ("wrong", "verify"),
-        "raises": ("illegal access", "verify"),
+        "wrong": ("wrong", "check"),
+        "raises": ("illegal access", "check"),
         "oom": ("oom", "measure"),
         "illegal access": ("illegal access", "measure"),
         "crash": ("crash", "measure"),
@@ -131,13 +131,13 @@ def test_every_kind_of_failure_is_survived_kept_and_not_tried_again(toy: Any, tm
 
 def test_a_check_that_takes_its_worker_down_on_the_gpu_speaks_against_its_config(toy: Any, tmp_path: Path) -> None:
     request = request_for(
-        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, verify=toy.check_or_die, sample=toy.always_fast,
+        toy, tmp_path, tunables=(toy.HARMFUL,), at_hand=True, check=toy.check_or_die, sample=toy.always_fast,
         recheck=toy.check_after,
     )  # fmt: skip
     found = run(request)
     died = {toy.fate_of(config): reason for config, reason in found.quarantined.items()}["raises"]
-    assert died == Quarantined("crash", "the worker ended with code -11", "verify")
-    again = run(replace(request, verify=toy.accept))
+    assert died == Quarantined("crash", "the worker ended with code -11", "check")
+    again = run(replace(request, check=toy.accept))
     assert again.quarantined[next(c for c in found.quarantined if toy.fate_of(c) == "raises")] == died
 
 

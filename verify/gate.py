@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -83,28 +84,20 @@ class Launched:
 
 
 def check_config(
-    kernel: str, config: Config, *, problem: Problem | None = None, timeout_s: float = TIMEOUT_S
-) -> Evidence:
+    kernel: str, config: Config, *, problem: Problem | None = None, timeout_s: float = TIMEOUT_S, seed: int = SEED,
+    only_first: bool = False,
+) -> Evidence:  # fmt: skip
     """Verify one candidate config of `kernel` for problems like `problem` (default: 32/8 heads, head_dim 128, bf16).
 
     A wrong result, an exception, a crash or a hang is evidence against the config, not an error.
 
+    Args:
+        seed: of the contents.
+        only_first: the first shape alone, several tiles of many small groups.
+
     Raises:
         ValueError: for a kernel that there is not, or a config of another kernel.
     """
-    return _check(kernel, config, problem, timeout_s, SEED, only_again=False)
-
-
-def check_again(
-    kernel: str, config: Config, *, problem: Problem | None = None, timeout_s: float = TIMEOUT_S, seed: int = SEED + 1
-) -> Evidence:
-    """What remains to be checked of a config after it was timed: other contents, in used memory and in new memory."""
-    return _check(kernel, config, problem, timeout_s, seed, only_again=True)
-
-
-def _check(
-    kernel: str, config: Config, problem: Problem | None, timeout_s: float, seed: int, *, only_again: bool
-) -> Evidence:
     if kernel not in DIRECTION_OF or not isinstance(config, Tunable.REGISTRY[kernel].config):
         raise ValueError(
             f"kernel must be one of {', '.join(DIRECTION_OF)} with a config of its own, got {kernel}: {config}"
@@ -118,7 +111,7 @@ def _check(
     if refusal is not None:
         return _against(kernel, mode, "refused", f"refused: {refusal}")
     request = {
-        "kernel": kernel, "config": asdict(config), "problem": problem.as_dict(), "seed": seed, "only_again": only_again
+        "kernel": kernel, "config": asdict(config), "problem": problem.as_dict(), "seed": seed, "only_first": only_first
     }  # fmt: skip
     child = _child(mode)
     try:
@@ -141,19 +134,17 @@ def run_request(request: dict[str, Any]) -> dict[str, Any]:
     """The evidence for a request of `check_config`, in the child."""
     config, problem = as_config(request["kernel"], request["config"]), Problem(**request["problem"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {name: request[name] for name in ("seed", "only_again")}
+    options = {name: request[name] for name in ("seed", "only_first")}
     return asdict(run_trials(request["kernel"], config, problem, device, **options))
 
 
 def run_trials(
-    kernel: str, config: Config, problem: Problem, device: str, *, seed: int = SEED, only_again: bool = False
+    kernel: str, config: Config, problem: Problem, device: str, *, seed: int = SEED, only_first: bool = False
 ) -> Evidence:
-    """The evidence from all trials, run in this process up to the first failure."""
+    """The evidence from all trials, or the first, run in this process up to the first failure."""
     mode: Mode = "gpu" if device == "cuda" else "interpreter"
     worst, count, dtypes = 0.0, 0, set()
-    for trial in trials(kernel, config, problem, device, seed):
-        if only_again and not trial.again:
-            continue
+    for trial in islice(trials(kernel, config, problem, device, seed), 1 if only_first else None):
         count += 1
         dtypes.add(trial.case.problem.dtype)
         comparisons, outcome, reason = tried(trial, kernel)

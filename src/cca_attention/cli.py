@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .autotune.session import Session
     from .kernels.tunable import Tunable
 
-MOST_JOBS = 8
+MOST_JOBS = 16
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EFFORTS = ("quick", "standard", "exhaustive")
 PREFERENCES = ("knee", "latency", "memory", "quality")
@@ -168,7 +168,7 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
     from platformdirs import user_cache_path
 
     from .autotune import options
-    from .autotune.progress import GPU_LIMIT_S, LIMIT_S, Request
+    from .autotune.progress import Request
 
     cards, cores = cli_cards.to_use(device, given["devices"], given["ray"])
     jobs = given["jobs"] if given["jobs"] is not None else cores or _default_jobs()
@@ -190,7 +190,7 @@ def _requests(given: dict[str, Any], problems: list[tuple[Bucket, Problem]], dev
         "cards": cards, "ray": given["ray"], "retry_failed": given["retry_failed"],
         "cache_folder": given["cache_dir"] or user_cache_path("cca-attention"), "jobs": jobs,
         "most_compiled": candidates, "rounds": effort.rounds, "strategy": given["strategy"], "budget_s": budget_s,
-        "seed": given["seed"], "limit_s": GPU_LIMIT_S if cards else LIMIT_S,
+        "seed": given["seed"],
     }  # fmt: skip
     ranged = ".." in given["ctx"]
     return [Request(problem=p, least_ctx=bucket.least if ranged else None, **same) for bucket, p in problems]

@@ -20,7 +20,7 @@ def request_for(toy: Any, folder: Path, **changes: Any) -> Request:
     """A run of the toy kernel for an A100 that is not there."""
     request = Request(
         device=find_device("a100"), problem=PROBLEM, tunables=(toy.TOY,), cache_folder=folder, at_hand=False, jobs=1,
-        most_compiled=0, verify=toy.accept,
+        most_compiled=0, check=toy.accept, verify=toy.accept,
     )  # fmt: skip
     return replace(request, **changes)
 

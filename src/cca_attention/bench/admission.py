@@ -66,7 +66,7 @@ class Gate:
         if refusal := config.refusal(problem):
             return {"ok": False, "cases": 0, "message": f"refused: {refusal}"}
         request = {
-            "kernel": kernel, "config": asdict(config), "problem": problem.as_dict(), "seed": SEED, "only_again": False
+            "kernel": kernel, "config": asdict(config), "problem": problem.as_dict(), "seed": SEED, "only_first": False
         }  # fmt: skip
         child = idle.pop()  # there are as many as threads
         try:
