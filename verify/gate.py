@@ -132,6 +132,7 @@ def _child(mode: Mode) -> Child:
 
 def run_request(request: dict[str, Any]) -> dict[str, Any]:
     """The evidence for a request of `check_config`, in the child."""
+    torch.set_num_threads(1)  # others verify beside it, and what is computed on the CPU is small
     config, problem = as_config(request["kernel"], request["config"]), Problem(**request["problem"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {name: request[name] for name in ("seed", "only_first")}
