@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -213,6 +214,21 @@ def test_a_worker_is_given_its_card_before_anything_asks_for_one(monkeypatch: py
     host.take_card("7")
     host.take_card("")
     assert said == ["7", "7"]
+
+
+def test_nothing_that_workers_are_forked_with_has_asked_for_a_card() -> None:
+    """The first question begins CUDA with every card: after a fork it fails, and CUDA_VISIBLE_DEVICES comes too late."""
+    program = """
+import torch
+def asked(*_, **__):
+    raise AssertionError("asked")
+for name in ("is_available", "device_count", "get_device_properties", "get_device_name", "current_device", "_lazy_init"):
+    assert callable(getattr(torch.cuda, name))
+    setattr(torch.cuda, name, asked)
+import cca_attention.autotune.jobs
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failure_that_is_not_the_cards_stays_the_jobs(toys: Any, tmp_path: Path) -> None:
