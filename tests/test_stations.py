@@ -217,15 +217,15 @@ def test_a_worker_is_given_its_card_before_anything_asks_for_one(monkeypatch: py
 
 
 def test_nothing_that_workers_are_forked_with_has_asked_for_a_card() -> None:
-    """The first question begins CUDA with every card: after a fork it fails, and CUDA_VISIBLE_DEVICES comes too late."""
+    """The first question begins CUDA with every card: a fork of that cannot use one, nor be given one alone."""
     program = """
 import torch
 def asked(*_, **__):
     raise AssertionError("asked")
-for name in ("is_available", "device_count", "get_device_properties", "get_device_name", "current_device", "_lazy_init"):
+for name in ("is_available", "device_count", "get_device_properties", "current_device", "_lazy_init"):
     assert callable(getattr(torch.cuda, name))
     setattr(torch.cuda, name, asked)
-import cca_attention.autotune.jobs
+import cca_attention.autotune.jobs, cca_attention.autotune.host
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
