@@ -15,9 +15,14 @@ Step = Callable[[Tensor], Tensor]
 """From a token [1, 1] to the logits [1, 1, V] of the next."""
 
 GRAPHS = {"triton.cudagraphs": True}
-ROWS = {**GRAPHS, "combo_kernels": True, "realize_reads_threshold": 1, "fx_graph_cache": False}
-"""q, k and v in one kernel, also their rotations; nothing that is read twice is computed twice. The cache of compiled
-graphs does not know of a changed decomposition."""
+ROWS = {
+    **GRAPHS,
+    "combo_kernels": True,  # q, k and v in one kernel, and their rotations in one
+    "realize_reads_threshold": 1,  # what is read twice is written out, not computed twice
+    "max_autotune_pointwise": True,  # tiles are timed: a few, and then the neighbours of the best
+    "coordinate_descent_tuning": True,
+    "fx_graph_cache": False,  # it does not know of other decompositions
+}
 
 
 def graph_step(step: Step, token: Tensor) -> Step:
