@@ -129,11 +129,9 @@ def _refusal(profile: Profile, entry: Entry, problem: Problem, live: LiveDevice 
         return f"modelled for Triton {profile.software.triton}, this is {triton.__version__}"
     if refusal := as_config(entry.kernel, entry.config).refusal(problem):
         return refusal
-    if live is None:
-        return None
-    if not entry.resources and live.likeness(profile.device) == "same arch":
-        return f"its resources are not recorded and {live.name} is other silicon"
-    return live.shortage(entry.resources)
+    if not entry.resources:
+        return "its resources are not recorded, so that nothing says that it can run"
+    return None if live is None else live.shortage(entry.resources)
 
 
 def _other_triton(profile: Profile) -> bool:

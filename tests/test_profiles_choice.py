@@ -88,7 +88,9 @@ def test_the_weakest_claim_is_the_level(level: str, reason: str, change: dict[st
     [
         ("tuned for sm_80, NVIDIA H200 is sm_90", {"gpu": H200}),
         ("forward_kernel takes 98304 bytes of shared memory of a block, NVIDIA A30 has 90000", {"gpu": SMALL}),
-        ("its resources are not recorded and NVIDIA A30 is other silicon", {"gpu": SMALL, "resources": []}),
+        ("its resources are not recorded, so that nothing says that it can run", {"resources": []}),
+        ("its resources are not recorded", {"gpu": SMALL, "resources": []}),
+        ("its resources are not recorded", {"resources": [], "evidence": "default", "latency": None}),
         ("tuned for no head_dim 64 in bfloat16", {"problem": replace(PROBLEM, head_dim=64)}),
         ("tuned for no head_dim 128 in float32", {"problem": replace(PROBLEM, dtype="float32")}),
         ("5.0 doublings away, more than 4", {"problem": replace(PROBLEM, seq_len=2048)}),
@@ -156,6 +158,7 @@ def test_a_profile_never_changes_the_model(change: dict[str, Any]) -> None:
     [
         ("its level is 'nearest': the nearest is", {"problem": replace(PROBLEM, seq_len=32768)}),
         ("its level is 'same arch'", {"gpu": A100_40GB}),
+        ("its level is 'default': .* resources are not recorded", {"resources": []}),
         ("its level is 'default': tuned for sm_80", {"gpu": H200}),
         ("its entry has no verification", {"verification": None}),
     ],
@@ -189,7 +192,7 @@ def test_nothing_is_chosen_that_could_not_run(gpu: LiveDevice, seq_len: int, bat
     found = chosen(problem=problem, gpu=gpu)
     assert found.config.refusal(problem) is None
     if found.entry is not None:
-        assert gpu.shortage(found.entry.resources) is None and gpu.arch == "sm_80"
+        assert found.entry.resources and gpu.shortage(found.entry.resources) is None and gpu.arch == "sm_80"
         assert found.distance is not None and found.distance <= MAX_DOUBLINGS
     nearer = replace(problem, seq_len=min(max(seq_len, 65536), 262144), batch=min(batch, 2))
     assert LEVELS.index(chosen(problem=nearer, gpu=gpu).level) <= LEVELS.index(found.level)
