@@ -21,6 +21,7 @@ from .identity import Semantics
 from .live import LiveDevice, fp_fusion, minor_version
 
 if TYPE_CHECKING:
+    from .bundled import Bundled
     from .schema import Entry, Profile
 
 Level = Literal["exact", "same silicon", "same arch", "nearest", "modelled", "default"]
@@ -54,7 +55,7 @@ class Resolution:
 
 
 def choose(
-    profile: Profile, kernel: str, problem: Problem, live: LiveDevice | None = None, mode: Mode = "checked"
+    profile: Profile | Bundled, kernel: str, problem: Problem, live: LiveDevice | None = None, mode: Mode = "checked"
 ) -> Resolution:
     """The config of `kernel` for `problem` on the GPU `live` (None: taken to be the profile's own).
 
@@ -79,14 +80,14 @@ def built_in(kernel: str, problem: Problem, arch: str, *reasons: str) -> Resolut
     return Resolution(kernel, Tunable.REGISTRY[kernel].default(problem, arch), "default", "built-in", reasons)
 
 
-def check_semantics(profile: Profile, problem: Problem) -> None:
+def check_semantics(profile: Profile | Bundled, problem: Problem) -> None:
     """Raise `ProfileMismatch` if the profile is for another model than `problem` describes."""
-    asked, held = Semantics.of(problem), profile.semantic.meaning
-    if asked != held:
+    if not profile.semantic.is_of(problem):
+        asked, held = Semantics.of(problem), profile.semantic.meaning
         raise ProfileMismatch(f"the profile of {profile.device.name} is for {held!r}, the call has {asked!r}")
 
 
-def _distrust(profile: Profile, kernel: str, live: LiveDevice | None) -> Iterator[str]:
+def _distrust(profile: Profile | Bundled, kernel: str, live: LiveDevice | None) -> Iterator[str]:
     """Why no entry of `kernel` is believed."""
     source, software = profile.kernels.get(kernel), profile.software
     if source is not None and source.abi != KERNEL_ABI:
@@ -99,7 +100,7 @@ def _distrust(profile: Profile, kernel: str, live: LiveDevice | None) -> Iterato
         yield f"tuned for {profile.device.arch}, {live.name} is {live.arch}"
 
 
-def _best(profile: Profile, kernel: str, problem: Problem, live: LiveDevice | None) -> Resolution | list[str]:
+def _best(profile: Profile | Bundled, kernel: str, problem: Problem, live: LiveDevice | None) -> Resolution | list[str]:
     """The nearest entry that can run, or why there is none."""
     entries = [entry for entry in profile.entries if entry.kernel == kernel]
     if not entries:
@@ -109,10 +110,11 @@ def _best(profile: Profile, kernel: str, problem: Problem, live: LiveDevice | No
         return [f"tuned for no head_dim {problem.head_dim} in {problem.dtype}"]
     ranked.sort(key=lambda pair: (pair[0], pair[1].distance(problem)))
     passed_over: list[str] = []
-    for distance, entry in ranked:
+    for distance, point in ranked:
         if distance > MAX_DOUBLINGS:
-            passed_over.append(f"{entry.problem} is {distance:.1f} doublings away, more than {MAX_DOUBLINGS:g}")
+            passed_over.append(f"{point.problem} is {distance:.1f} doublings away, more than {MAX_DOUBLINGS:g}")
             break
+        entry = point.whole()
         refusal = _refusal(profile, entry, problem, live)
         if refusal is None:
             return _at_its_level(profile, entry, distance, passed_over, live)
@@ -120,7 +122,7 @@ def _best(profile: Profile, kernel: str, problem: Problem, live: LiveDevice | No
     return passed_over
 
 
-def _refusal(profile: Profile, entry: Entry, problem: Problem, live: LiveDevice | None) -> str | None:
+def _refusal(profile: Profile | Bundled, entry: Entry, problem: Problem, live: LiveDevice | None) -> str | None:
     """Why this entry cannot serve `problem`."""
     held, own = entry.verification, profile.kernels[entry.kernel].source_hash
     if held is not None and held.kernel_hash != own:
@@ -134,12 +136,12 @@ def _refusal(profile: Profile, entry: Entry, problem: Problem, live: LiveDevice 
     return None if live is None else live.shortage(entry.resources)
 
 
-def _other_triton(profile: Profile) -> bool:
+def _other_triton(profile: Profile | Bundled) -> bool:
     return minor_version(profile.software.triton) != minor_version(triton.__version__)
 
 
 def _at_its_level(
-    profile: Profile, entry: Entry, distance: float, passed_over: list[str], live: LiveDevice | None
+    profile: Profile | Bundled, entry: Entry, distance: float, passed_over: list[str], live: LiveDevice | None
 ) -> Resolution:
     """The resolution to `entry`, at the level of its weakest claim."""
     likeness = "exact" if live is None else live.likeness(profile.device) or "same arch"

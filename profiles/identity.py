@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from pydantic import PositiveFloat
 
@@ -11,6 +12,7 @@ from ..spec import CoreHeads, Pooling
 from .evidence import Part, Size
 
 
+@lru_cache(maxsize=256)
 def plain(name: str) -> str:
     """A GPU's name as names are compared: letters and digits only, without the vendor."""
     return "".join(c for c in name.lower().replace("nvidia", "").replace("amd", "") if c.isalnum())
@@ -56,6 +58,10 @@ class Semantics(Part):
         """The semantics of `problem`."""
         return Semantics(**{name: getattr(problem, name) for name in Semantics.model_fields})
 
+    def is_of(self, problem: Problem) -> bool:
+        """Whether they are those of `problem`."""
+        return all(getattr(problem, name) == getattr(self, name) for name in Semantics.model_fields)
+
 
 class HeadLayout(Part):
     """Heads of the queries and of the keys, and their dimension."""
@@ -88,7 +94,7 @@ class SemanticBlock(Semantics):
 
     def complaint(self, problem: Problem) -> str | None:
         """Why a profile with this block cannot have an entry for `problem`, or None."""
-        if any(getattr(problem, name) != getattr(self, name) for name in Semantics.model_fields):
+        if not self.is_of(problem):
             return "has other semantics than the profile"
         if self.dtypes and problem.dtype not in self.dtypes:
             return f"has the dtype {problem.dtype}, the semantic block only {', '.join(self.dtypes)}"

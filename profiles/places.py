@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def environment_folders(report: Report = refuse) -> Iterator[Path]:
 
 def package_folders(report: Report = refuse) -> Iterator[tuple[str, Path]]:
     """Name and folder of each entry point; the package itself is found, not imported. No folder is reported."""
-    for point in sorted(_entry_points(), key=lambda point: point.name):
+    for point in sorted(entry_points(tuple(sys.path)), key=lambda point: point.name):
         package, *inner = point.value.split(".")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         roots = list(found.submodule_search_locations or ()) if found is not None else []
@@ -72,10 +74,13 @@ def package_folders(report: Report = refuse) -> Iterator[tuple[str, Path]]:
             yield point.name, folder
 
 
-def _entry_points() -> Iterator[metadata.EntryPoint]:
-    """Those of our group; of the packages that never name it nothing is parsed."""
-    for name in {found.name for found in metadata.distributions() if ENTRY_POINTS in _said(found)}:
-        yield from metadata.distribution(name).entry_points.select(group=ENTRY_POINTS)  # of the first on the path
+@cache
+def entry_points(path: tuple[str, ...]) -> tuple[metadata.EntryPoint, ...]:
+    """Those of our group in the packages on `path`, asked for once; what never names it is not parsed."""
+    looked = list(path)
+    names = {found.name for found in metadata.distributions(path=looked) if ENTRY_POINTS in _said(found)}
+    nearest = (next(iter(metadata.distributions(name=name, path=looked))) for name in sorted(names))
+    return tuple(point for found in nearest for point in found.entry_points.select(group=ENTRY_POINTS))
 
 
 def _said(found: metadata.Distribution) -> str:
@@ -93,9 +98,16 @@ def places(report: Report = refuse) -> list[Place]:
     Raises:
         ProfileError: by the default `report`.
     """
+    return [*places_of_others(report), Place("bundled", bundled_folder())]
+
+
+def places_of_others(report: Report = refuse) -> list[Place]:
+    """The same without the profiles that come with the package."""
     return [
         *(Place(ENVIRONMENT, folder) for folder in environment_folders(report)),
         Place("user", user_folder()),
         *(Place(f"package {name}", folder) for name, folder in package_folders(report)),
-        Place("bundled", bundled_folder()),
     ]
+
+
+entry_points(tuple(sys.path))  # now, so that the first look-up need not

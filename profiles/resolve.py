@@ -8,15 +8,17 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from ..kernels.tunable import HANDLES, Schedule
 from ..problem import Problem
+from .bundled import Bundled, bundled_headers, read_bundled
 from .choice import LEVELS, Mode, Resolution, built_in, check_strictly, choose
 from .configs import known_kernel, tunables
-from .identity import Semantics
+from .identity import DeviceIdentity, SemanticBlock
 from .live import LiveDevice, live_device
 from .memory import Memory, ProfileWarning
-from .places import places
+from .places import bundled_folder, places_of_others
 from .reading import ProfileError, parse_header, parse_profile
 from .schema import Profile
 from .store import load_profile, profiles_in
@@ -27,14 +29,15 @@ class AutoProfile:
 
     Those for the very GPU come before those for the same silicon under another name, and these before those for the
     same architecture; among equals the order of places decides. A kernel that the first has no usable entry for is
-    looked up in the next. Files are looked for once; a damaged one, and a place that is named and not there, is passed
-    over with a `ProfileWarning`. On a CPU there is nothing to look for.
+    looked up in the next. Files are looked for once, those of the package when this module is imported; a damaged one,
+    and a place that is named and not there, is passed over with a `ProfileWarning`. On a CPU there is nothing to look
+    for.
     """
 
     handle = "auto"
 
     def __init__(self) -> None:
-        self._profiles: dict[Path, Profile | None] = {}
+        self._profiles: dict[Path, Profile | Bundled | None] = {}
         self._memories: dict[torch.device | None, Memory] = {}
 
     def resolutions(self, problem: Problem, device: torch.device | None = None) -> Mapping[str, Resolution]:
@@ -57,47 +60,61 @@ class AutoProfile:
         arch = "cpu" if live is None else live.arch
         missing = () if live is None else ("no profile for this GPU and model",)
         found = {kernel: built_in(kernel, problem, arch, *missing) for kernel in tunables(arch)}
-        for profile in () if live is None else self._for(live, Semantics.of(problem)):
+        for path, profile in () if live is None else self._for(live, problem):
             open_kernels = [name for name in profile.kernels if name not in found or found[name].entry is None]
-            found |= {name: choose(profile, name, problem, live) for name in open_kernels}
+            try:
+                found |= {name: choose(profile, name, problem, live) for name in open_kernels}
+            except ValidationError as error:  # of a bundled entry that was chosen
+                self._pass_over(path, ProfileError(f"{path}: {error}"))
             if all(resolution.entry is not None for resolution in found.values()):
                 break
         return found
 
-    def _for(self, live: LiveDevice, semantics: Semantics) -> Iterator[Profile]:
-        """The profiles for this GPU and semantics, the best first; each is read when it is needed."""
+    def _for(self, live: LiveDevice, problem: Problem) -> Iterator[tuple[Path, Profile | Bundled]]:
+        """The profiles for this GPU and model, the best first; each is read when it is needed."""
         ranked = []
-        for path, data in self._files.items():
-            try:
-                header = parse_header(data, str(path), live.arch)
-            except ProfileError as error:
-                self._pass_over(path, error)
-                continue
-            likeness = None if header is None else live.likeness(header[0])
-            if header is not None and likeness is not None and header[1].meaning == semantics:
+        for path, device, block in self._headers(live.arch):
+            likeness = live.likeness(device)
+            if likeness is not None and block.is_of(problem):
                 ranked.append((LEVELS.index(likeness), path))
         for _, path in sorted(ranked, key=lambda pair: pair[0]):
             profile = self._read(path)
             if profile is not None:
-                yield profile
+                yield path, profile
+
+    def _headers(self, arch: str) -> Iterator[tuple[Path, DeviceIdentity, SemanticBlock]]:
+        """What the profiles are for, in the order of places."""
+        for path, data in self._files.items():
+            try:
+                header = parse_header(data, str(path), arch)
+            except ProfileError as error:
+                self._pass_over(path, error)
+                continue
+            if header is not None:
+                yield path, *header
+        for path, (device, block) in bundled_headers(bundled_folder()).items():
+            yield path, device, block
 
     @cached_property
     def _files(self) -> dict[Path, bytes]:
+        """Those of others."""
+
         def report(error: ProfileError) -> None:
             warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=8)
 
-        return {path: data for _, path, data in profiles_in(places(report), report)}
+        return {path: data for _, path, data in profiles_in(places_of_others(report), report)}
 
-    def _read(self, path: Path) -> Profile | None:
+    def _read(self, path: Path) -> Profile | Bundled | None:
         if path not in self._profiles:
+            data = self._files.get(path)
             try:
-                self._profiles[path] = parse_profile(self._files[path], str(path))
+                self._profiles[path] = read_bundled(path) if data is None else parse_profile(data, str(path))
             except ProfileError as error:
                 self._pass_over(path, error)
         return self._profiles[path]
 
     def _pass_over(self, path: Path, error: Exception) -> None:
-        if path not in self._profiles:
+        if path not in self._profiles or self._profiles[path] is not None:  # not yet said
             warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=8)
         self._profiles[path] = None
 

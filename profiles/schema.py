@@ -55,6 +55,16 @@ class Contradictions(ValueError):
         self.found = found
 
 
+def _apart(size: int, other: int) -> float:
+    """Doublings between two sizes."""
+    return abs(math.log2(size / other))
+
+
+def _outside(size: int, least: int, most: int) -> float:
+    """Doublings to the nearest of these sizes; 0.0 for one of them."""
+    return 0.0 if least <= size <= most else max(math.log2(least / size), math.log2(size / most))
+
+
 class Interval(Part):
     """Closed ranges of sequence lengths and batches that an entry, measured at one point of them, is for."""
 
@@ -63,20 +73,41 @@ class Interval(Part):
 
     def doublings_outside(self, problem: Problem) -> float:
         """How far `problem` lies outside, in doublings; 0.0 inside."""
-        ranges = ((self.seq_len, problem.seq_len), (self.batch, problem.batch))
-        return sum(max(0.0, math.log2(low / size), math.log2(size / high)) for (low, high), size in ranges)
+        return _outside(problem.seq_len, *self.seq_len) + _outside(problem.batch, *self.batch)
 
 
-class Entry(Part):
+class Point(Part):
+    """What an entry is for: a kernel, the problem that it was tuned on, and what that problem stands for."""
+
+    kernel: str
+    problem: Problem
+    interval: Interval | None = None
+
+    def distance(self, problem: Problem) -> float | None:
+        """How far `problem` is from this one, in doublings; None if they share no config at all."""
+        own = self.problem
+        if (own.head_dim, own.dtype) != (problem.head_dim, problem.dtype):
+            return None
+        return _apart(problem.seq_len, own.seq_len) + _apart(problem.batch, own.batch) + self._heads_apart(problem)
+
+    def distance_outside(self, problem: Problem) -> float | None:
+        """As `distance`, but 0.0 in the whole interval."""
+        distance = self.distance(problem)
+        if distance is None or self.interval is None:
+            return distance
+        return self._heads_apart(problem) + self.interval.doublings_outside(problem)
+
+    def _heads_apart(self, problem: Problem) -> float:
+        return _apart(problem.q_heads, self.problem.q_heads) + _apart(problem.kv_heads, self.problem.kv_heads)
+
+
+class Entry(Point):
     """One kernel's config for one problem, with its evidence; `interval` is what that problem stands for.
 
     Transferred evidence was measured on another GPU, `measured_on`, of the same architecture. `shortlist`: the configs
     that a model expects most of, best first, which `cca-tune confirm` times.
     """
 
-    kernel: str
-    problem: Problem
-    interval: Interval | None = None
     config: Fields
     evidence: Evidence
     measured_on: str | None = None
@@ -112,26 +143,13 @@ class Entry(Part):
             return self.latency.median_us
         return None if self.predicted is None else self.predicted.total_us
 
-    def distance(self, problem: Problem) -> float | None:
-        """How far `problem` is from this entry's, in doublings; None if they share no config at all."""
-        own = self.problem
-        if (own.head_dim, own.dtype) != (problem.head_dim, problem.dtype):
-            return None
-        sizes = ("seq_len", "batch", "q_heads", "kv_heads")
-        return sum(abs(math.log2(getattr(problem, size) / getattr(own, size))) for size in sizes)
-
-    def distance_outside(self, problem: Problem) -> float | None:
-        """As `distance`, but 0.0 in the whole interval."""
-        distance = self.distance(problem)
-        if distance is None or self.interval is None:
-            return distance
-        heads = ("q_heads", "kv_heads")
-        moved = sum(abs(math.log2(getattr(problem, size) / getattr(self.problem, size))) for size in heads)
-        return moved + self.interval.doublings_outside(problem)
+    def whole(self) -> Entry:
+        """Itself: all of it has been validated."""
+        return self
 
 
-class Profile(Part):
-    """Tuned configs for one GPU and one model's semantics. Hashable; `schedule` is what launchers are given."""
+class Head(Part):
+    """All that a profile says before its entries: for which GPU, software, semantics and kernels they are."""
 
     schema_version: str = Field(alias="schema", pattern=r"^cca-profile/1\.\d{1,4}$")
     created: str
@@ -142,8 +160,18 @@ class Profile(Part):
     policy: dict[str, MeasurementPolicy] = Field(default_factory=dict)
     search: dict[str, SearchRecord] = Field(default_factory=dict)
     pareto: tuple[ParetoPoint, ...] = ()
-    entries: tuple[Entry, ...]
     _source: str = PrivateAttr(default="a profile that is in no file")
+
+    @property
+    def source(self) -> str:
+        """The file that it was read from."""
+        return self._source
+
+
+class Profile(Head):
+    """Tuned configs for one GPU and one model's semantics. Hashable; `schedule` is what launchers are given."""
+
+    entries: tuple[Entry, ...]
     _mode: Mode = PrivateAttr(default="checked")
 
     @model_validator(mode="after")
@@ -189,11 +217,6 @@ class Profile(Part):
 
     def __hash__(self) -> int:
         return hash(self.handle)
-
-    @property
-    def source(self) -> str:
-        """The file that it was read from."""
-        return self._source
 
     @property
     def mode(self) -> Mode:

@@ -39,6 +39,7 @@ def install(site: Path, name: str, value: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{places.ENTRY_POINTS}]\n{name} = {value}\n")
     importlib.invalidate_caches()
+    places.entry_points.cache_clear()
 
 
 def put(folder: Path, created: str, name: str = "any-name.yaml") -> None:

@@ -36,7 +36,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder with profiles, empty; the GPU at hand is an A100."""
     monkeypatch.delenv(places.ENVIRONMENT, raising=False)
     monkeypatch.setattr(places, "user_folder", lambda: tmp_path)
-    monkeypatch.setattr(places, "bundled_folder", lambda: tmp_path / "none")
+    monkeypatch.setattr(resolve, "bundled_folder", lambda: tmp_path / "none")
     monkeypatch.setattr(places, "package_folders", lambda report: iter(()))
     for module in (resolve, schema):
         monkeypatch.setattr(module, "live_device", lambda device: None if device is None else A100)
