@@ -55,7 +55,7 @@ print(json.dumps([str(path), opened, sorted(validated), sorted(k for k in found 
 
 
 def first_look_up(gpu: str) -> tuple[str, list[str], list[str], list[str], float]:
-    """Of a fresh process on `gpu`: its file; files opened; kernels of the entries validated; kernels served; seconds."""
+    """Of a fresh process: its file, the files opened, kernels of the entries validated and of those served, seconds."""
     child = subprocess.run(
         ["env", "CCA_PROFILE_PATH=", sys.executable, "-c", FIRST, gpu], capture_output=True, text=True, timeout=120
     )
