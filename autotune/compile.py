@@ -21,10 +21,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from ..kernels import decode
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
+from ..profiles.configs import known_kernel
 from .binary import Resources, read_resources
 from .traits import UNKNOWN, Traits, read_traits
 
@@ -100,7 +102,21 @@ def aim(arch: str) -> None:
 def find_tunable(module: str, name: str) -> Tunable:
     """The tunable that importing `module` registers as `name`."""
     importlib.import_module(module)
-    return Tunable.REGISTRY[name]
+    _settle_keys()
+    return known_kernel(name)
+
+
+@functools.cache
+def _settle_keys() -> None:
+    """Have Triton hash all kernels in one order, whatever a process begins with.
+
+    What its cache knows a kernel by depends on which of the functions that it calls were hashed before it: processes
+    that compile and that launch would not find each other's.
+    """
+    for name in sorted(Tunable.REGISTRY):
+        for kernel in Tunable.REGISTRY[name].kernels:
+            if isinstance(kernel, JITFunction):
+                kernel.cache_key  # noqa: B018
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Every legal config of every kernel is compiled in worker processes, as cca-tune 
 done and fit are timed, in shuffled rounds with a cold L2 cache, after their output was compared with the built-in
 config's. One slower than half as much again as the best is timed in the first round alone. All configs of a kernel and
 a problem are timed on one GPU. One JSON line for each of them, written when the problem is done, so that what the
-budget allowed is whole; a config without a time says why.
+budget allowed is whole; a config without a time says why. What the file has already is not timed again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,30 +81,33 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One kernel of one part, and the configs to look at."""
+    """One kernel, problems with the same compiled kernels and their roles, and the configs to look at."""
 
-    part: Part
     tunable: Tunable
+    problems: tuple[tuple[str, Problem], ...]
     configs: tuple[Config, ...]
 
 
-def units(arch: str) -> list[Unit]:
-    """What is to be compiled, in this order."""
+def units(arch: str, done: Collection[tuple[str, Problem]]) -> list[Unit]:
+    """What is to be compiled, in this order: all but what is `done`, decode last."""
     known, found = tunables(arch), []
     for part in PARTS:
         for name in part.kernels:
             tunable = known[name]
-            problems = [problem for _, problem in part.each()]
-            legal = [config for config, refusal in tunable.candidates(problems[0]) if refusal is None]
+            problems = tuple((role, problem) for role, problem in part.each() if (name, problem) not in done)
+            if not problems:
+                continue
+            first = problems[0][1]
+            legal = [config for config, refusal in tunable.candidates(first) if refusal is None]
             if hasattr(tunable.config, "effective"):
-                legal = list(dict.fromkeys(config.effective(problems[0].spec) for config in legal))
+                legal = list(dict.fromkeys(config.effective(first.spec) for config in legal))
             random.Random(f"{part.group_size}/{part.window_size} {name}").shuffle(legal)
             most = MOST_DECODE if name == "decode" else len(legal)
             if name not in POOLING and not tunable.archs:
                 most = max(1, int(most * part.share))
-            defaults = [tunable.default(problem, arch) for problem in problems]
-            found.append(Unit(part, tunable, tuple(dict.fromkeys([*legal[:most], *defaults]))))
-    return found
+            defaults = [tunable.default(problem, arch) for _, problem in problems]
+            found.append(Unit(tunable, problems, tuple(dict.fromkeys([*legal[:most], *defaults]))))
+    return sorted(found, key=lambda unit: unit.tunable.name == "decode")
 
 
 def examine(module: str, name: str, problems: list[Problem], config: Config, device: Device) -> list[dict[str, Any]]:
@@ -134,6 +137,7 @@ class Cell:
     found: dict[Config, Any]
     why: dict[Config, str]
     samples: dict[Config, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def rows(self, gpu: str) -> Iterator[dict[str, Any]]:
         """What is known of each config."""
@@ -145,63 +149,64 @@ class Cell:
             yield {**about, "config": asdict(config), "why": why}
 
 
+def cells(unit: Unit, done: dict[Config, Any], why: dict[Config, str]) -> list[Cell]:
+    """Each problem of a unit that was compiled."""
+    return [
+        Cell(unit.tunable, role, problem, {config: found[number] for config, found in done.items()}, dict(why))
+        for number, (role, problem) in enumerate(unit.problems)
+    ]
+
+
 class Sweep:
     """The run: a thread compiles, one for each GPU times what is ready, and writes it."""
 
     def __init__(self, device: Device, lines: TextIO, budget_s: float, workers: int) -> None:
         self._device, self._lines, self._workers = device, lines, workers
         self._ends = time.monotonic() + budget_s
-        self._ready: queue.Queue[Cell | None] = queue.Queue()
+        self._ready: queue.Queue[list[Cell] | None] = queue.Queue()
         self._writing = threading.Lock()
 
     def left(self) -> float:
         """Seconds of the budget."""
         return self._ends - time.monotonic()
 
-    def run(self, cards: tuple[HostCard, ...]) -> None:
-        """Compile and time everything, or what the budget allows."""
+    def run(self, wanted: list[Unit], cards: tuple[HostCard, ...]) -> None:
+        """Compile and time everything that is wanted, or what the budget allows."""
         with ThreadPoolExecutor(1 + len(cards)) as threads:
-            tasks = [*(threads.submit(self._time_on, card) for card in cards), threads.submit(self._compile)]
+            tasks = [*(threads.submit(self._time_on, card) for card in cards), threads.submit(self._compile, wanted)]
             for task in tasks:
                 task.result()
 
-    def _compile(self) -> None:
+    def _compile(self, wanted: list[Unit]) -> None:
         try:
-            self._compile_units()
+            self._compile_units(wanted)
         finally:
             self._ready.put(None)
 
-    def _compile_units(self) -> None:
+    def _compile_units(self, wanted: list[Unit]) -> None:
         waiting: list[Job] = []
-        found: dict[int, tuple[dict[Config, Any], dict[Config, str]]] = {}
-        for number, unit in enumerate(units(self._device.arch)):
-            problems = [problem for _, problem in unit.part.each()]
-            where = (unit.tunable.config.__module__, unit.tunable.name, problems)
-            waiting += [Job((number, unit, c), examine, (*where, c, self._device)) for c in unit.configs]
-            found[number] = {}, {}
+        found: list[tuple[dict[Config, Any], dict[Config, str]]] = [({}, {}) for _ in wanted]
+        for unit, (done, why) in zip(wanted, found, strict=True):
+            where = (unit.tunable.config.__module__, unit.tunable.name, [problem for _, problem in unit.problems])
+            waiting += [Job((unit, done, why, c), examine, (*where, c, self._device)) for c in unit.configs]
         typer.echo(f"{len(waiting)} to compile")
         with Pool(self._workers, aim, self._device.arch) as pool:
             for job, outcome in pool.run(waiting, COMPILE_S, until=self._ends - LAST_S):
-                number, unit, config = job.tag
-                done, why = found[number]
+                unit, done, why, config = job.tag
                 if isinstance(outcome, Done):
                     done[config] = outcome.value
                 else:
                     why[config] = outcome.message
                 if len(done) + len(why) == len(unit.configs):
-                    self._hand_on(unit, done, why)
+                    self._ready.put(cells(unit, done, why))
         typer.echo(f"compiled; {self.left():.0f} s left")
-
-    def _hand_on(self, unit: Unit, done: dict[Config, Any], why: dict[Config, str]) -> None:
-        for number, (role, problem) in enumerate(unit.part.each()):
-            each = {config: found[number] for config, found in done.items()}
-            self._ready.put(Cell(unit.tunable, role, problem, each, dict(why)))
 
     def _time_on(self, card: HostCard) -> None:
         with Pool(1, take_card, card.handle, renew=_failed) as timer:
-            while (cell := self._ready.get()) is not None:
-                if self.left() > CELL_S and self._time(cell, timer):
-                    self._write(cell, card)
+            while (ready := self._ready.get()) is not None:
+                for cell in ready:
+                    if self.left() > CELL_S and self._time(cell, timer):
+                        self._write(cell, card)
         self._ready.put(None)  # for the next GPU's
 
     def _time(self, cell: Cell, timer: Pool) -> bool:
@@ -224,6 +229,7 @@ class Sweep:
         tunable, problem = cell.tunable, cell.problem
         where = (tunable.config.__module__, tunable.name, problem, tunable.default(problem, self._device.arch))
         ((_, outcome),) = timer.run([Job(None, sample, (*where, config, launches))], SAMPLE_S)
+        cell.seconds += outcome.seconds
         if isinstance(outcome, Done):
             cell.samples[config] += outcome.value
         else:
@@ -239,13 +245,13 @@ class Sweep:
             self._lines.flush()
             typer.echo(
                 f"{cell.tunable.name}, {cell.problem}: {len(cell.found)} timed on GPU {card.index}, best {best} us "
-                f"{config}; {len(cell.why)} not: {sorted(set(cell.why.values()))[:3]}; "
+                f"{config}; {len(cell.why)} not: {sorted(set(cell.why.values()))[:3]}; took {cell.seconds:.1f} s, "
                 f"{self.left():.0f} s left"
             )
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", help="Where the JSON lines go, behind what is there.")],
+    output: Annotated[Path, typer.Option("--output", help="Where the JSON lines go, after those of earlier runs.")],
     budget: Annotated[float, typer.Option("--budget", help="Seconds.")] = 300.0,
     workers: Annotated[int, typer.Option("--workers", help="Processes that compile.")] = 28,
 ) -> None:
@@ -253,8 +259,11 @@ def main(
     device = device_at_hand()
     if device is None:
         raise typer.BadParameter("there is no GPU here")
-    with output.open("a", encoding="utf-8") as lines:
-        Sweep(device, lines, budget, workers).run(cards_here())
+    with output.open("a+", encoding="utf-8") as lines:
+        lines.seek(0)
+        rows = map(json.loads, lines)
+        done = {(row["kernel"], Problem(**row["problem"])) for row in rows}
+        Sweep(device, lines, budget, workers).run(units(device.arch, done), cards_here())
 
 
 if __name__ == "__main__":

@@ -97,6 +97,25 @@ def test_workers_started_by_several_threads_leave_this_process_interpreting() ->
     assert interprets
 
 
+KEYS = """
+import sys
+from cca_attention.autotune.compile import find_tunable
+from cca_attention.kernels.tunable import Tunable
+first = find_tunable(*sys.argv[1:])
+for kernel in first.kernels:
+    kernel.cache_key
+print([kernel.cache_key for tunable in Tunable.REGISTRY.values() for kernel in tunable.kernels])
+"""
+
+
+def test_processes_find_what_others_compiled_whatever_they_began_with() -> None:
+    asked = [("cca_attention.kernels.pooling", "pooling"), ("cca_attention.kernels.backward_dkv", "backward_dkv")]
+    command, environment = [sys.executable, "-c", KEYS], {**os.environ, "TRITON_INTERPRET": "0"}
+    ends = [subprocess.run([*command, *args], env=environment, capture_output=True, text=True) for args in asked]
+    assert ends[0].stdout.count("', '") > 10, ends[0].stderr
+    assert ends[0].stdout == ends[1].stdout
+
+
 def test_a_sketch_survives_being_written_down(toy: Any) -> None:
     import json
     from dataclasses import asdict
