@@ -67,6 +67,7 @@ def before_and_after(
     before = [perplexity(model, ids) for ids in held_out]
     train(model, text, options)
     after = [perplexity(model, ids) for ids in held_out]
+    sys.stderr.write(f"perplexities before {before} and after {after}\n")
     with torch.no_grad():
         for name, x in model.named_parameters():
             x.copy_(weights[name])
