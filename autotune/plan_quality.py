@@ -17,7 +17,7 @@ from ..profiles.configs import as_config
 from .binary import Resources
 from .compile import Launch
 from .devices import Device
-from .predict import predict
+from .predict import PoolingConstants, predict
 from .search import Trial, preference
 from .tile_model import Constants
 from .traits import Traits
@@ -69,7 +69,7 @@ class Timed:
         """What decides among configs of equal predictions."""
         return preference(Trial(self.config, tuple(resources for _, resources in self.launches)))
 
-    def predicted_us(self, device: Device, constants: Constants | None = None) -> float:
+    def predicted_us(self, device: Device, constants: Constants | PoolingConstants | None = None) -> float:
         """The model's time on `device`."""
         return predict(device, self.problem, self.config, self.work, self.launches, constants).total_us
 
@@ -103,14 +103,16 @@ class Judged(PlanQuality):
     short_regret: float
 
 
-def judged(cell: Sequence[Timed], device: Device, short: int, constants: Constants | None = None) -> Judged:
+def judged(
+    cell: Sequence[Timed], device: Device, short: int, constants: Constants | PoolingConstants | None = None
+) -> Judged:
     """The quality of the plan for one choice.
 
     Raises:
         ValueError: for fewer configs than say anything.
     """
-    if len(cell) < LEAST:
-        raise ValueError(f"a cell must have at least {LEAST} configs, got {len(cell)}")
+    if len(cell) < 2:
+        raise ValueError(f"a cell must have at least 2 configs, got {len(cell)}")
     ranked = sorted((timed.predicted_us(device, constants), timed.preference, timed.us) for timed in cell)
     predicted, _, times = zip(*ranked, strict=True)
     best = min(times)

@@ -8,15 +8,15 @@ resource. Each term is a time in microseconds if that alone counted:
   and where its assembly is not read, six vector operations on each score;
 - exp2: exponentials, 16 a clock and SM;
 - shared: operands of the products and spilled registers, 128 bytes a clock and SM. Each holder of rows (a warp, a warp
-  group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least. Single
-  words that warps pass on to each other come in conflict: 8 clocks for each of a warp's;
+  group on Hopper, a block on Blackwell) reads the other operand whole, so tall tiles with few warps read least;
 - l2: bytes that tiles load, re-reads included, at 32 bytes a clock and SM;
 - hbm: bytes read and written once, at the peak rate or at what the loads in flight allow (Little's law).
 
 The terms other than the slowest hide behind it as far as there are other warps to run: what they add is divided by
 the warps resident per scheduler, times 1.5 with a pipelined loop. The sum is multiplied by the quantisation (programs
-of the fullest SM over the mean). These constants are of the architectures, but for the
-8 clocks, which were fitted as those of `tile_model`.
+of the fullest SM over the mean). Without products come on top, unhidden: single words that warps pass on to each other,
+moves of spilled registers, and the start of programs. The clocks of these three are fitted; the other constants are
+those of the architectures.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ from .walks import Walk, walk_of
 SHARED_BYTES_PER_CLOCK = 128
 L2_BYTES_PER_CLOCK = 32
 EXP2_PER_CLOCK = 16
-EXCHANGE_CLOCKS = 8
-"""Of a single word that a warp passes on through shared memory; fitted as the constants of `tile_model` were."""
 SOFTMAX_OPERATIONS = 6
 MEMORY_LATENCY_US = 0.7
 PIPELINE_HIDING = 1.5
@@ -46,6 +44,22 @@ EXTRA_LAUNCH_US = 4.0
 HBM_SHARE = 0.7
 """Of the peak rate of device memory, what a kernel that streams through it reaches."""
 SCHEDULERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingConstants:
+    """Clocks that nothing hides in kernels without products, fitted as the constants of `tile_model` were.
+
+    exchange: of a single word that a warp passes on through shared memory; spill: of 128 bytes of spilled registers;
+    start: of a program, shared by the programs of an SM.
+    """
+
+    exchange: float
+    spill: float
+    start: float
+
+
+POOLED = PoolingConstants(exchange=5.204, spill=3.557, start=41.03)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +95,20 @@ def predict(
     config: Config,
     work: Work,
     launches: Sequence[tuple[Launch, Resources]],
-    constants: Constants | None = None,
+    constants: Constants | PoolingConstants | None = None,
 ) -> Prediction:
     """The time of one call; `constants` other than the fitted ones, to fit them."""
     further = EXTRA_LAUNCH_US * (len(launches) - 1)
     for launch, resources in launches:
         walk = walk_of(launch.kernel, problem, config) if resources.tile_instructions else None
         if walk is not None:
-            constants = constants or (STREAMED if launch.kernel.startswith("decode") else REUSED)
-            total, parts = _walked(device, problem, config, work, launch, resources, walk, constants)
+            fitted = STREAMED if launch.kernel.startswith("decode") else REUSED
+            used = constants if isinstance(constants, Constants) else fitted
+            total, parts = _walked(device, problem, config, work, launch, resources, walk, used)
             break
     else:
-        total, parts = _bounded(device, problem, config, work, launches)
+        pooled = constants if isinstance(constants, PoolingConstants) else POOLED
+        total, parts = _bounded(device, problem, config, work, launches, pooled)
     return Prediction(total + further, {**parts, "further_launches_us": further})
 
 
@@ -103,12 +119,12 @@ def _walked(
     """The time of a kernel whose programs walk over tiles: the busiest slot's, or that of all that is read."""
     blocks = max(1, blocks_per_sm(device, resources))
     resident = max(1, min(blocks, math.ceil(launch.programs / device.sm_count)))
-    persistent = launch.programs < len(walk.total) * walk.copies
+    persistent = "_hopper" in launch.kernel
     one = pass_of(
         device, problem, config, work, resources, walk, resident, constants, persistent=persistent
     )  # fmt: skip
     slots = launch.programs if persistent else device.sm_count * resident
-    passes = (walk.shared_out if persistent else walk.busiest)(slots, one.start)
+    passes = (walk.in_turns if persistent else walk.busiest)(slots, one.start)
     mean = walk.shared_out(min(slots, launch.programs), one.start)
     us = passes / device.clock_mhz
     hbm = work.bytes / (HBM_SHARE * device.hbm_gbps * 1e3)
@@ -121,8 +137,9 @@ def _walked(
 
 
 def _bounded(
-    device: Device, problem: Problem, config: Config, work: Work, launches: Sequence[tuple[Launch, Resources]]
-) -> tuple[float, dict[str, float]]:
+    device: Device, problem: Problem, config: Config, work: Work, launches: Sequence[tuple[Launch, Resources]],
+    constants: PoolingConstants,
+) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The time by the slowest resource. All work is laid on the launch that loads most; the others add their start."""
     launch, resources = max(launches, key=lambda pair: pair[0].programs * pair[0].traits.load_bytes)
     blocks = max(1, blocks_per_sm(device, resources))
@@ -135,7 +152,23 @@ def _bounded(
     quantisation = math.ceil(launch.programs / device.sm_count) * device.sm_count / launch.programs
     parts = {f"{name}_us": time for name, time in terms.items()}
     parts |= {"exposed_us": exposed, "quantisation": quantisation, "warps_per_scheduler": warps}
-    return (slowest + exposed) * quantisation, parts
+    alone = {} if launch.traits.dot_flops else _alone(device, problem, config, launch, resources, resident, constants)
+    return (slowest + exposed) * quantisation + sum(alone.values()), parts | alone
+
+
+def _alone(
+    device: Device, problem: Problem, config: Config, launch: Launch, resources: Resources, resident: int,
+    constants: PoolingConstants,
+) -> dict[str, float]:  # fmt: skip
+    """What nothing hides in a kernel without products."""
+    clocks = device.sm_count * device.clock_mhz
+    warps = _passes(problem, config, launch) * resources.num_warps / clocks
+    spilled = device.threads_per_warp * resources.loop_spill_bytes / SHARED_BYTES_PER_CLOCK
+    return {
+        "exchange_us": warps * resources.loop_exchanges * constants.exchange,
+        "spill_us": warps * spilled * constants.spill,
+        "start_us": launch.programs * constants.start / (resident * clocks),
+    }
 
 
 def _passes(problem: Problem, config: Config, launch: Launch) -> float:
@@ -156,13 +189,12 @@ def _terms(
     clocks = device.sm_count * device.clock_mhz  # of all SMs, in a microsecond
     products = traits.dot_flops > 0
     passes = work.flops / traits.dot_flops if products else _passes(problem, config, launch)
-    loaded = passes * traits.load_bytes if products else work.bytes
+    loaded = passes * traits.load_bytes
     operands = (
         work.flops * problem.element_bytes / (2 * _rows_of_a_reader(device, launch, resources)) if products else 0
     )
     threads = resources.num_warps * device.threads_per_warp
-    spilled = passes * threads * resources.loop_spill_bytes
-    exchanged = 0.0 if products else passes * resources.num_warps * resources.loop_exchanges * EXCHANGE_CLOCKS
+    spilled = passes * threads * resources.loop_spill_bytes if products else 0
     in_flight = min(launch.programs, device.sm_count) * resident * _bytes_in_flight(config, launch)
     hbm = min(device.hbm_gbps * 1e3, in_flight / MEMORY_LATENCY_US)
     if resources.loop_instructions:
@@ -173,7 +205,7 @@ def _terms(
         "tensor": work.flops / _operations_per_us(device, problem, products),
         "issue": issue,
         "exp2": work.exp2 / (clocks * EXP2_PER_CLOCK),
-        "shared": ((operands + spilled) / SHARED_BYTES_PER_CLOCK + exchanged) / clocks,
+        "shared": (operands + spilled) / (SHARED_BYTES_PER_CLOCK * clocks),
         "l2": loaded / (clocks * L2_BYTES_PER_CLOCK),
         "hbm": work.bytes / max(hbm, 1.0),
     }

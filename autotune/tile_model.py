@@ -69,14 +69,14 @@ class Constants:
 
 
 REUSED = Constants(
-    narrow=38.15, warp_tensor=2.882, exp2=1.536, issue_shared=0.0, issue=0.9018, spill=28.87, loop=171.2,
-    coupling=218.0, load=359.3, load_rate=51.85, second_stage=254.0, per_load=3.757, ring=364.6, unhidden=0.07813,
-    start=2300.0, outside=6.338, outside_spill=44.82,
+    narrow=38.31, warp_tensor=2.874, exp2=1.455, issue_shared=0.0, issue=0.9486, spill=28.68, loop=167.7,
+    coupling=221.8, load=350.7, load_rate=50.98, second_stage=253.9, per_load=3.911, ring=353.1, unhidden=0.06888,
+    start=1809.0, outside=6.551, outside_spill=44.63,
 )  # fmt: skip
 """Of kernels whose tiles many programs read: they come from the L2 cache."""
 STREAMED = Constants(
-    narrow=0.0, warp_tensor=0.0, exp2=0.0, issue_shared=0.8003, issue=1.741, spill=11.85, loop=407.4, coupling=0.0,
-    load=1335.0, load_rate=64.12, second_stage=868.7, per_load=0.0, ring=0.0, unhidden=0.0, start=4034.0,
+    narrow=0.0, warp_tensor=0.0, exp2=0.0, issue_shared=0.7036, issue=1.636, spill=12.32, loop=471.8, coupling=0.0,
+    load=1335.0, load_rate=76.15, second_stage=830.5, per_load=0.0, ring=0.0, unhidden=0.0, start=3957.0,
     outside=0.0, outside_spill=0.0,
 )  # fmt: skip
 """Of decoding, which reads every tile once: they come from device memory."""

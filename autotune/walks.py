@@ -70,8 +70,16 @@ class Walk:
             heapq.heapreplace(loads, loads[0] + length)
         return max(loads)
 
+    def in_turns(self, programs: int, start: float) -> float:
+        """Iterations of the busiest of `programs`, which take one each in turns, every other turn in reverse order."""
+        lengths = np.zeros(-(-len(self.total) * self.copies // programs) * programs)
+        lengths[: len(self.total) * self.copies] = np.tile(self.total + start, self.copies)
+        turns = lengths.reshape(-1, programs)
+        turns[1::2] = turns[1::2, ::-1].copy()
+        return float(turns.sum(axis=0).max())
+
     def shared_out(self, programs: int, start: float) -> float:
-        """Iterations of each of `programs` that take all this as items in turns."""
+        """Iterations of each of `programs` if all had the same."""
         return float((self.total + start).sum()) * self.copies / programs
 
 
@@ -124,9 +132,19 @@ def _of_cores(problem: Problem, config: Config) -> Walk:
     begin, full = ((c + 1) * g + problem.window_size - 1 for c in (first, last))
     end = np.full_like(first, problem.seq_len)
     whole, edge = _queries(begin, full, end, end, block)
-    heads = problem.num_core_heads
-    ratio = problem.q_heads // heads
-    return Walk(whole * ratio, edge * ratio, heads * problem.batch, rows, block)
+    ratio, heads = problem.q_heads // problem.num_core_heads, problem.num_core_heads * problem.batch
+    whole, edge, item_tiles = whole * ratio, edge * ratio, getattr(config, "item_tiles", 0)
+    if item_tiles == 1:  # the first tiles of all heads come first
+        return Walk(np.repeat(whole, heads), np.repeat(edge, heads), 1, rows, block)
+    if item_tiles == 2:
+        whole, edge = _paired(whole), _paired(edge)
+    return Walk(whole, edge, heads, rows, block)
+
+
+def _paired(lengths: Lengths) -> Lengths:
+    """The first with the last, and so on; if they are odd in number, the second with the last and the first alone."""
+    padded = lengths if len(lengths) % 2 == 0 else np.append(lengths, 0)
+    return padded[: len(padded) // 2] + padded[::-1][: len(padded) // 2]
 
 
 def _of_tokens(problem: Problem, config: Config) -> Walk:
@@ -143,23 +161,22 @@ def _of_tokens(problem: Problem, config: Config) -> Walk:
 
 
 def _of_decode(problem: Problem, config: Config) -> Walk:
-    """Each share of the cores of a head, then each of the raw tokens of a key/value head, by one program.
+    """Tiles of the cores of each head, and of the raw tokens of each key/value head, dealt out in turn to programs.
 
-    Of the core heads of a key/value head only the first has shares of the raw tokens.
+    All heads' first programs start first. Of the core heads of a key/value head only the first has programs of raw
+    tokens, of which the last attends to the new token besides.
     """
     block, t, p = getattr(config, "block_k", 0), problem.seq_len, problem
-    core, raw = (
-        _shares(keys, getattr(config, name, 1), block)
-        for keys, name in ((p.spec.visible_cores(t), "splits_core"), (len(p.spec.local_range(t)), "splits_raw"))
-    )
-    others = [core] * (p.num_core_heads // p.kv_heads - 1)
-    edge = np.tile(np.concatenate([core, raw, *others]), p.kv_heads)
+    core = _dealt(p.spec.visible_cores(t), getattr(config, "splits_core", 1), block)
+    raw = _dealt(len(p.spec.local_range(t)) - 1, getattr(config, "splits_raw", 1), block)
+    raw[-1] += 1
+    edge = np.concatenate([np.repeat(core, p.num_core_heads), np.repeat(raw, p.kv_heads)])
     return Walk(np.zeros_like(edge), edge, p.batch, max(16, p.q_heads // p.kv_heads), block)
 
 
-def _shares(keys: int, shares: int, block: int) -> Lengths:
-    share = math.ceil(math.ceil(keys / shares) / block) * block
-    return _ceil(np.clip(keys - np.arange(shares, dtype=np.int64) * share, 0, share), block)
+def _dealt(keys: int, programs: int, block: int) -> Lengths:
+    """Tiles of each program."""
+    return _ceil(math.ceil(keys / block) - np.arange(programs, dtype=np.int64), programs).clip(0)
 
 
 def _of_groups(problem: Problem, config: Config) -> Walk:

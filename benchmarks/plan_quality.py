@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,16 @@ import typer
 from cca_attention.autotune.devices import Device, find_device
 from cca_attention.autotune.plan import SHORT
 from cca_attention.autotune.plan_quality import Cell, Timed, judged, read_sweep
-from cca_attention.autotune.tile_model import REUSED, STREAMED, Constants
-from cca_attention.autotune.walks import walk_of
+from cca_attention.autotune.predict import POOLED
+from cca_attention.autotune.tile_model import REUSED, STREAMED
 
 SWEEP = Path(__file__).parents[1] / "tests" / "data" / "plan_h200.jsonl.gz"
 STEPS = 25
 LEVEL = 0.15
 """How much the time itself counts beside the order of configs."""
+FAST = 1.6
+"""Times the best, beyond which a config of pooling is not fitted to: words that come in conflict take up to thrice as
+long there, which no count of instructions tells."""
 PRIOR = 0.01
 """How much a constant is held where it began, for those that the sweep says nothing of."""
 
@@ -38,7 +41,7 @@ Gpu = Annotated[str, typer.Option("--gpu", help="The GPU that it was taken on.")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def residuals(cells: Iterable[list[Timed]], device: Device, constants: Constants) -> Vector:
+def residuals(cells: Iterable[list[Timed]], device: Device, constants: Any) -> Vector:
     """How far the model is from each time of each cell, as logarithms about the cell's mean; the fast count most."""
     found: list[float] = []
     for cell in cells:
@@ -50,7 +53,7 @@ def residuals(cells: Iterable[list[Timed]], device: Device, constants: Constants
     return np.array(found)
 
 
-def fitted(cells: list[list[Timed]], device: Device, begin: Constants) -> Constants:
+def fitted(cells: list[list[Timed]], device: Device, begin: Any) -> Any:
     """The constants that leave least of the residuals' squares, by Levenberg's and Marquardt's method.
 
     Constants are fitted as logarithms; those that begin at zero stay there.
@@ -58,8 +61,8 @@ def fitted(cells: list[list[Timed]], device: Device, begin: Constants) -> Consta
     names = [field.name for field in fields(begin) if getattr(begin, field.name) > 0]
     origin = np.log([getattr(begin, name) for name in names])
 
-    def constants(x: Vector) -> Constants:
-        return Constants(**{**asdict(begin), **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)}})
+    def constants(x: Vector) -> Any:
+        return replace(begin, **{n: float(v) for n, v in zip(names, np.exp(x), strict=True)})
 
     def left(x: Vector) -> Vector:
         return np.concatenate([residuals(cells, device, constants(x)), PRIOR * (x - origin)])
@@ -85,14 +88,15 @@ def fitted(cells: list[list[Timed]], device: Device, begin: Constants) -> Consta
 
 @app.command()
 def fit(sweep: Sweep = SWEEP, gpu: Gpu = "h200") -> None:
-    """Fit both sets of constants, and print them."""
-    cells = {cell: rows for cell, rows in read_sweep(sweep).items() if rows[0].role == "fit"}
-    for name, begin, streams in (("REUSED", REUSED, False), ("STREAMED", STREAMED, True)):
-        chosen = [
-            rows for (kernel, problem), rows in cells.items()
-            if (kernel == "decode") == streams and walk_of(kernel, problem, rows[0].config) is not None
-        ]  # fmt: skip
-        found = fitted(chosen, find_device(gpu), begin)
+    """Fit the sets of constants, and print them."""
+    kinds: dict[str, list[list[Timed]]] = {"REUSED": [], "STREAMED": [], "POOLED": []}
+    for (kernel, _), rows in read_sweep(sweep).items():
+        if rows[0].role == "fit":
+            kind = "STREAMED" if kernel == "decode" else "POOLED" if kernel.startswith("pooling") else "REUSED"
+            slowest = min(timed.us for timed in rows) * (FAST if kind == "POOLED" else math.inf)
+            kinds[kind].append([timed for timed in rows if timed.us <= slowest])
+    for name, begin in (("REUSED", REUSED), ("STREAMED", STREAMED), ("POOLED", POOLED)):
+        found = fitted(kinds[name], find_device(gpu), begin)
         typer.echo(f"{name}: " + ", ".join(f"{key}={value:.4g}" for key, value in asdict(found).items()))
 
 

@@ -20,8 +20,6 @@ SWEEP = Path(__file__).parent / "data" / "plan_h200.jsonl.gz"
 DOCS = Path(__file__).parents[1] / "docs" / "tuning.md"
 CELL = re.compile(r"(\d+\.\d\d), (\d+\.\d\d), (-?\d\.\d\d)")
 GOAL = 1.10
-MISSED = {("pooling", 32768, 64, 4096), ("pooling", 131072, 64, 4096)}
-"""Plans that the docs own up to."""
 ROUNDING = 0.0051
 
 
@@ -67,11 +65,8 @@ def test_every_plan_is_at_least_as_good_as_the_docs_claim(found: dict[tuple[str,
         assert quality.correlation >= correlation - ROUNDING, key
 
 
-def test_every_plan_but_two_reaches_the_goal_and_every_short_list_does(
-    found: dict[tuple[str, int, int, int], Judged],
-) -> None:
-    assert {key for key, quality in found.items() if quality.regret > GOAL} == MISSED
-    assert all(quality.short_regret <= GOAL for quality in found.values())
+def test_every_plan_reaches_the_goal(found: dict[tuple[str, int, int, int], Judged]) -> None:
+    assert {key for key, quality in found.items() if quality.regret > GOAL or quality.short_regret > GOAL} == set()
 
 
 def test_what_is_compiled_by_default_holds_the_best(sweep: dict[Cell, list[Timed]]) -> None:
@@ -86,7 +81,7 @@ def test_what_is_compiled_by_default_holds_the_best(sweep: dict[Cell, list[Timed
         if kernel in ("backward_dq", "backward_dcore", "backward_dkv"):
             assert min(times[:3]) <= 1.035 * min(times), (kernel, problem)
         if kernel in ("pooling", "pooling_backward"):
-            assert times[0] <= 1.195 * min(times), (kernel, problem)
+            assert times[0] <= 1.245 * min(times), (kernel, problem)
 
 
 def estimated_us(device: Device, timed: Timed) -> float:
@@ -115,8 +110,8 @@ def test_a_plan_is_judged_by_its_first_and_by_its_short_list(sweep: dict[Cell, l
     assert quality.regret == order[0].us / best
     assert quality.short_regret == min(timed.us for timed in order[:3]) / best
     assert quality.configs == len(rows)
-    with pytest.raises(ValueError, match="a cell must have at least 3 configs, got 2"):
-        judged(rows[:2], device, 3)
+    with pytest.raises(ValueError, match="a cell must have at least 2 configs, got 1"):
+        judged(rows[:1], device, 3)
 
 
 def test_the_sweep_replays_without_the_kernels_that_it_timed(sweep: dict[Cell, list[Timed]]) -> None:

@@ -66,13 +66,30 @@ def test_programs_walk_over_what_their_rows_see(problem: Problem, kernel: str) -
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_decode_shares_out_what_one_row_sees(problem: Problem) -> None:
+def test_decode_deals_out_what_one_row_sees(problem: Problem) -> None:
     config = tunables()["decode"].config(block_k=16, splits_core=3, splits_raw=2)
     walk = walk_of("decode", problem, config)
-    cores, raw = problem.spec.visible_cores(problem.seq_len), len(problem.spec.local_range(problem.seq_len))
-    least = problem.num_core_heads * -(-cores // 16) + problem.kv_heads * -(-raw // 16)
-    assert walk is not None and least <= walk.total.sum() <= least + 3 * problem.num_core_heads + 2 * problem.kv_heads
-    assert len(walk.total) == 3 * problem.num_core_heads + 2 * problem.kv_heads
+    position, spec = problem.seq_len, problem.spec
+
+    def dealt(keys: int, programs: int) -> list[int]:
+        return [len(range(program * 16, keys, programs * 16)) for program in range(programs)]
+
+    core = dealt(spec.visible_cores(position), 3)
+    raw = dealt(len(spec.local_range(position)) - 1, 2)
+    expected = [tiles for tiles in core for _ in range(problem.num_core_heads)]
+    expected += [tiles for tiles in (raw[0], raw[1] + 1) for _ in range(problem.kv_heads)]
+    assert walk is not None and walk.total.tolist() == expected
+
+
+def test_a_pair_of_tiles_of_cores_is_a_long_and_a_short_one() -> None:
+    tunable = tunables("sm_90")["backward_dcore_hopper"]
+    for t in (8192, 8192 + 16 * 128):  # cores in an even and in an odd number of tiles
+        problem = Problem(q_heads=8, kv_heads=2, seq_len=t, head_dim=128, group_size=16, window_size=256)
+        one, two = (walk_of("backward_dcore_hopper_kernel", problem, tunable.config(item_tiles=n)) for n in (1, 2))
+        assert one is not None and two is not None
+        assert one.total.sum() * one.copies == two.total.sum() * two.copies
+        assert one.total.tolist() == sorted(one.total, reverse=True) and len(one.total) == t // 2048 * 8
+        assert two.total.max() <= 1.2 * two.total.min() and len(two.total) == -(-t // 4096)
 
 
 def test_pooling_goes_through_the_tokens_of_its_groups() -> None:
@@ -98,6 +115,13 @@ def test_the_busiest_slot_is_that_of_a_simulation(slots: int) -> None:
     expected = simulated([length + 0.5 for length in walk.total.tolist()] * 4, slots)
     assert walk.busiest(slots, 0.5) == pytest.approx(expected, rel=0.05 if 4 * len(walk.total) > 6 * slots else 1e-9)
     assert walk.shared_out(slots, 0.5) == pytest.approx(4 * (walk.total + 0.5).sum() / slots)
+
+
+def test_programs_take_turns_there_and_back() -> None:
+    walk = Walk(np.array([5, 4, 3, 2, 1]), np.zeros(5, dtype=np.int64), 2, 16, 16)
+    # three programs, lengths 6 5 4, then from the last one on 3 2 6, 5 4 3, 2: the first one has 6 + 6 + 5
+    assert walk.in_turns(3, 1.0) == max(6 + 6 + 5, 5 + 2 + 4, 4 + 3 + 3 + 2)
+    assert walk.in_turns(20, 1.0) == 6.0
 
 
 def test_equal_programs_go_in_waves() -> None:
