@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-KNOWN: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
-"""By all that a launch was compiled for: the compiled kernel, the constants that it is to be given, and whose it is.
-
-A kernel's own hash takes longer than its launch; it is kept here so that no other one can get its `id`.
-"""
+KNOWN: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""By all that a launch was compiled for: the compiled kernel, and the constants that it is to be given."""
 REMEMBERED = 4096
 
 
@@ -29,16 +26,16 @@ def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: An
     if not isinstance(kernel, JITFunction) or "run" in vars(kernel):  # interpreted, or watched (verify.gate.launches)
         kernel[grid](*args, **constants)
         return
-    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.items())
+    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.values())
     known = KNOWN.get(key)
     if known is not None:
-        compiled, rest, _ = known
+        compiled, rest = known
         compiled[grid](*args, *rest)
         return
     if len(KNOWN) >= REMEMBERED:
         KNOWN.clear()
     compiled = kernel[grid](*args, **constants)
-    KNOWN[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :]), kernel
+    KNOWN[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
 def _kind(x: Any) -> Any:

@@ -17,16 +17,8 @@ from ..layout import core_gradient_layout
 from ..primitives import LOG2_E, first_query_of_core
 from ..tunable import Tunable
 from .keys import BLOCK_KEYS, SPACE, QueryTilesConfig, allocate, feed_keys, feed_queries, gather, query_tiles
-from .limits import ARCH
-from .pipeline import (
-    COMPUTE_REGISTERS,
-    FEEDER_REGISTERS,
-    MULTIPROCESSORS,
-    describe,
-    item_of,
-    multiprocessors,
-    turns,
-)
+from .limits import ARCH, MULTIPROCESSORS
+from .pipeline import COMPUTE_REGISTERS, FEEDER_REGISTERS, describe, item_of, multiprocessors, turns
 
 
 @gluon.jit

@@ -15,6 +15,8 @@ from ..tunable import Config, smallest_block_refusal
 
 ARCH = "sm_90"
 HEAD_DIMS = (64, 128)
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 with SXM, for which built-in configs are chosen."""
 TESTED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 """Whether this release of Triton is one that the kernels were tested with."""
 INTERPRETED = not isinstance(triton.language.sum, triton.JITFunction)

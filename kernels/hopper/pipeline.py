@@ -13,8 +13,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 FEEDER_REGISTERS, COMPUTE_REGISTERS = 24, 240
-MULTIPROCESSORS = 132
-"""Of an H100 or H200 with SXM."""
 
 
 def describe(x: Tensor, rows: int) -> TensorDescriptor:
@@ -26,10 +24,8 @@ def describe(x: Tensor, rows: int) -> TensorDescriptor:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; MULTIPROCESSORS for the meta device."""
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Of the GPU; 132, an H100's, for the meta device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @gluon.jit
