@@ -1,4 +1,4 @@
-"""The profiles that come with the package: known before the first look-up, and validated as far as one takes of them.
+"""The profiles that come with the package: what they are for is read when this is imported, their entries when needed.
 
 They are a part of the package like its code, and its tests validate the whole of them. Files from anywhere else are
 never read by this.
@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-from pydantic import model_validator
-
+from ..problem import Problem
 from .configs import known_kernel
-from .identity import DeviceIdentity, SemanticBlock
 from .layout import read_laid_out
 from .memory import ProfileWarning
 from .places import Place, bundled_folder
-from .reading import MAX_VALUES, ProfileError, parse_header, read_data, read_profile
-from .schema import Entry, Head, Point, Profile
+from .reading import MAX_VALUES, ProfileError, parse_profile, read_data, read_profile
+from .schema import Entry, Head, Point
 from .store import profiles_in
+
+_ENTRIES = b"\nentries:\n- "
+_REST = b',\n  "config":'
+"""Where in an entry's text the point ends that it is for."""
 
 
 class Unread(Point):
@@ -37,52 +40,56 @@ class Unread(Point):
 class Bundled(Head):
     """A profile whose entries are validated when they are chosen."""
 
-    entries: tuple[Unread, ...]
+    @cached_property
+    def entries(self) -> tuple[Unread, ...] | tuple[Entry, ...]:
+        """The entries, read when they are asked for first; those of a file that was written by hand are read whole.
 
-    @model_validator(mode="after")
-    def _kernels_are_known(self) -> Bundled:
-        for kernel in self.kernels:
-            known_kernel(kernel)
-        return self
-
-
-_REST = b',\n  "config":'
-"""Where in an entry's text its point ends."""
-
-
-def read_bundled(path: Path) -> Bundled | Profile:
-    """The profile in a file that comes with the package; one that is not laid out as we write them is read whole.
-
-    Raises:
-        ProfileError: with every mistake of a file that cannot be read.
-    """
-    head, _, entries = read_data(path).partition(b"\nentries:\n- ")
-    texts = entries.split(b"\n- ")
-    content = read_laid_out(head.decode(errors="replace"), MAX_VALUES)
-    try:
-        points = json.loads(b"[%b]" % b",".join(text.partition(_REST)[0] + b"}" for text in texts))
-        unread = [{**point, "text": text} for point, text in zip(points, texts, strict=True)]
-        profile = Bundled.model_validate({**(content or {}), "entries": unread})
-    except (ValueError, TypeError):  # a point that is no mapping
-        return read_profile(path)
-    profile._source = str(path)
-    return profile
+        Raises:
+            ProfileError: with every mistake of a file that cannot be read.
+        """
+        texts = read_data(Path(self.source)).partition(_ENTRIES)[2].split(b"\n- ")
+        try:
+            points = json.loads(b"[%b]" % b",".join(text.partition(_REST)[0] + b"}" for text in texts))
+            for point, text in zip(points, texts, strict=True):
+                point |= {"problem": _problem(tuple(point["problem"].items())), "text": text}
+            return tuple(map(Unread.model_validate, points))
+        except (AttributeError, LookupError, TypeError, ValueError):  # of what is no point, or no problem
+            return read_profile(Path(self.source)).entries
 
 
 @cache
-def bundled_headers(folder: Path) -> Mapping[Path, tuple[DeviceIdentity, SemanticBlock]]:
-    """The GPU and the semantics of each profile in `folder`, asked for once; a damaged file is passed over."""
+def _problem(fields: tuple[tuple[str, Any], ...]) -> Problem:
+    """The problem with these fields: the kernels of a file share a few."""
+    return Problem(**dict(fields))
+
+
+@cache
+def bundled_profiles(folder: Path) -> Mapping[Path, Bundled]:
+    """The profiles in `folder`, looked for once; a damaged file is passed over with a `ProfileWarning`."""
 
     def report(error: ProfileError) -> None:
         warnings.warn(f"passed over: {error}", ProfileWarning, stacklevel=4)
 
-    headers = {}
+    found = {}
     for _, path, data in profiles_in([Place("bundled", folder)], report):
         try:
-            headers[path] = parse_header(data, str(path))
+            found[path] = _without_entries(data, str(path))
         except ProfileError as error:
             report(error)
-    return {path: header for path, header in headers.items() if header is not None}
+    return found
 
 
-bundled_headers(bundled_folder())  # now, so that the first look-up need not
+def _without_entries(data: bytes, source: str) -> Bundled:
+    content = read_laid_out(data.partition(_ENTRIES)[0].decode(errors="replace"), MAX_VALUES)
+    try:
+        profile = Bundled.model_validate(content)
+        for kernel in profile.kernels:
+            known_kernel(kernel)
+    except ValueError:  # it was written by hand, or is damaged
+        whole = parse_profile(data, source)
+        profile = Bundled.model_construct(**{name: getattr(whole, name) for name in Head.model_fields})
+    profile._source = source
+    return profile
+
+
+bundled_profiles(bundled_folder())  # now, so that the first look-up need not

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -43,7 +43,7 @@ def user_folder() -> Path:
 
 def bundled_folder() -> Path:
     """The profiles that come with the package."""
-    return Path(str(resources.files(__package__))) / "data"
+    return Path(__file__).with_name("data")
 
 
 def refuse(error: ProfileError) -> None:

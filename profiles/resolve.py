@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..kernels.tunable import HANDLES, Schedule
 from ..problem import Problem
-from .bundled import Bundled, bundled_headers, read_bundled
+from .bundled import Bundled, bundled_profiles
 from .choice import LEVELS, Mode, Resolution, built_in, check_strictly, choose
 from .configs import known_kernel, tunables
 from .identity import DeviceIdentity, SemanticBlock
@@ -37,7 +37,8 @@ class AutoProfile:
     handle = "auto"
 
     def __init__(self) -> None:
-        self._profiles: dict[Path, Profile | Bundled | None] = {}
+        self._bundled = bundled_profiles(bundled_folder())
+        self._profiles: dict[Path, Profile | Bundled | None] = {**self._bundled}
         self._memories: dict[torch.device | None, Memory] = {}
 
     def resolutions(self, problem: Problem, device: torch.device | None = None) -> Mapping[str, Resolution]:
@@ -59,16 +60,18 @@ class AutoProfile:
         live = live_device(device)
         arch = "cpu" if live is None else live.arch
         missing = () if live is None else ("no profile for this GPU and model",)
-        found = {kernel: built_in(kernel, problem, arch, *missing) for kernel in tunables(arch)}
+        wanted, found = tunables(arch), dict[str, Resolution]()
         for path, profile in () if live is None else self._for(live, problem):
             open_kernels = [name for name in profile.kernels if name not in found or found[name].entry is None]
             try:
                 found |= {name: choose(profile, name, problem, live) for name in open_kernels}
-            except ValidationError as error:  # of a bundled entry that was chosen
+            except ProfileError as error:  # of a bundled one, whose entries are read now
+                self._pass_over(path, error)
+            except ValidationError as error:  # of one of them, which is validated now
                 self._pass_over(path, ProfileError(f"{path}: {error}"))
-            if all(resolution.entry is not None for resolution in found.values()):
+            if all(kernel in found and found[kernel].entry is not None for kernel in wanted):
                 break
-        return found
+        return {kernel: built_in(kernel, problem, arch, *missing) for kernel in wanted if kernel not in found} | found
 
     def _for(self, live: LiveDevice, problem: Problem) -> Iterator[tuple[Path, Profile | Bundled]]:
         """The profiles for this GPU and model, the best first; each is read when it is needed."""
@@ -92,8 +95,8 @@ class AutoProfile:
                 continue
             if header is not None:
                 yield path, *header
-        for path, (device, block) in bundled_headers(bundled_folder()).items():
-            yield path, device, block
+        for path, profile in self._bundled.items():
+            yield path, profile.device, profile.semantic
 
     @cached_property
     def _files(self) -> dict[Path, bytes]:
@@ -106,9 +109,8 @@ class AutoProfile:
 
     def _read(self, path: Path) -> Profile | Bundled | None:
         if path not in self._profiles:
-            data = self._files.get(path)
             try:
-                self._profiles[path] = read_bundled(path) if data is None else parse_profile(data, str(path))
+                self._profiles[path] = parse_profile(self._files[path], str(path))
             except ProfileError as error:
                 self._pass_over(path, error)
         return self._profiles[path]

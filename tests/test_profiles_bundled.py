@@ -15,32 +15,32 @@ import triton
 import yaml
 
 from cca_attention.profiles import choice, resolve
-from cca_attention.profiles.bundled import Bundled, bundled_headers, read_bundled
+from cca_attention.profiles.bundled import Unread, bundled_profiles
 from cca_attention.profiles.choice import choose
 from cca_attention.profiles.layout import laid_out
 from cca_attention.profiles.places import Place, bundled_folder
 from cca_attention.profiles.reading import read_profile
 from cca_attention.profiles.resolve import AutoProfile
-from cca_attention.profiles.schema import Profile, ProfileWarning
+from cca_attention.profiles.schema import Head, ProfileWarning
 from cca_attention.verify.sample_profile import A100, PROBLEM, TEXT, TUNED
 
-FILES = list(bundled_headers(bundled_folder()))
+FILES = list(bundled_profiles(bundled_folder()))
 GPU = torch.device("cuda", 0)
 FIRST = """
 import json, sys, time
 import torch
 from cca_attention import Problem
 from cca_attention.profiles import bundled, choice, resolve, schema
-from cca_attention.profiles.bundled import bundled_headers, read_bundled
+from cca_attention.profiles.bundled import bundled_profiles
 from cca_attention.profiles.live import LiveDevice
 
-headers = bundled_headers(bundled.bundled_folder())
-path = next(path for path in headers if path.name == sys.argv[1] + ".yaml")
-device = headers[path][0]
+profiles = bundled_profiles(bundled.bundled_folder())
+path = next(path for path in profiles if path.name == sys.argv[1] + ".yaml")
+held, opened, validated = profiles[path], [], []
+device = held.device
 kinds = ("arch", "sm_count", "shared_bytes_per_block", "l2_bytes", "hbm_bytes")
 live = LiveDevice(name=device.names[-1], **{kind: getattr(device, kind) for kind in kinds})
 resolve.live_device = lambda device: live
-held, opened, validated = read_bundled(path), [], []
 choice.triton.__version__ = held.software.triton
 choice.source_hash = lambda kernel: held.kernels[kernel].source_hash if kernel in held.kernels else ""
 whole = schema.as_config
@@ -74,10 +74,10 @@ def test_a_first_look_up_opens_one_file_and_validates_one_entry_of_a_kernel(gpu:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(bundled_folder()).as_posix())
 def test_what_is_read_of_a_file_chooses_what_the_whole_of_it_does(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part, whole = read_bundled(path), read_profile(path)
-    assert isinstance(part, Bundled) and part.source == whole.source
+    part, whole = bundled_profiles(bundled_folder())[path], read_profile(path)
+    assert all(isinstance(entry, Unread) for entry in part.entries) and part.source == whole.source
     assert tuple(entry.whole() for entry in part.entries) == whole.entries
-    assert all(getattr(part, name) == getattr(whole, name) for name in Bundled.model_fields if name != "entries")
+    assert all(getattr(part, name) == getattr(whole, name) for name in Head.model_fields)
     monkeypatch.setattr(choice, "source_hash", lambda kernel: whole.kernels[kernel].source_hash)
     monkeypatch.setattr(triton, "__version__", whole.software.triton)
     own = whole.entries[0].problem
@@ -124,14 +124,13 @@ def test_one_that_was_damaged_is_passed_over_with_a_warning(folder: Path, old: s
     with pytest.warns(ProfileWarning, match=r"passed over: .*1\.yaml"):
         assert look_up().source == "built-in"
     put(folder / "2.yaml")
-    bundled_headers.cache_clear()
+    bundled_profiles.cache_clear()
     with pytest.warns(ProfileWarning, match=r"passed over: .*1\.yaml"):
         assert (look_up().source, look_up().config) == (str(folder / "2.yaml"), TUNED)
 
 
 def test_one_that_was_written_by_hand_is_read_whole(folder: Path) -> None:
     (folder / "1.yaml").write_text(TEXT)
-    assert isinstance(read_bundled(folder / "1.yaml"), Profile)
     assert (look_up().level, look_up().config) == ("exact", TUNED)
 
 
