@@ -54,19 +54,20 @@ print(json.dumps([str(path), opened, sorted(validated), sorted(k for k in found 
 """
 
 
-def first_look_up(gpu: str) -> tuple[str, list[str], list[str], list[str], float]:
+def first_look_up(gpu: str, empty: Path) -> tuple[str, list[str], list[str], list[str], float]:
     """Of a fresh process: its file, the files opened, kernels of the entries validated and of those served, seconds."""
     child = subprocess.run(
-        ["env", "CCA_PROFILE_PATH=", sys.executable, "-c", FIRST, gpu], capture_output=True, text=True, timeout=120
-    )
+        ["env", "CCA_PROFILE_PATH=", f"XDG_DATA_HOME={empty}", sys.executable, "-c", FIRST, gpu],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert child.returncode == 0, child.stderr
     return tuple(json.loads(child.stdout.splitlines()[-1]))  # type: ignore[return-value]
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("gpu", ["b200", "a100-80gb"])
-def test_a_first_look_up_opens_one_file_and_validates_one_entry_of_a_kernel(gpu: str) -> None:
-    file, opened, validated, served, seconds = first_look_up(gpu)
+def test_a_first_look_up_opens_one_file_and_validates_one_entry_of_a_kernel(gpu: str, tmp_path: Path) -> None:
+    file, opened, validated, served, seconds = first_look_up(gpu, tmp_path)
     assert [path for path in opened if not path.startswith("/proc/")] == [file]
     assert validated == served and len(served) >= 7
     assert seconds < 0.05  # ten times what docs/profiles.md allows
