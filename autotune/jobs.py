@@ -12,7 +12,7 @@ from ..kernels.tunable import Config
 from ..problem import Problem
 from ..verify.gate import Evidence, check_config, run_trials
 from ..verify.gate_cases import SEED
-from .compile import compile_config, sketch
+from .compile import compile_config, find_tunable, sketch
 from .worker import Done, Failed
 
 Record = dict[str, Any]
@@ -51,21 +51,22 @@ def verify_job(
 
 def verify_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
     """Run the config on every small shape against the oracle."""
-    return _by_gate(name, config, problem)
+    return _by_gate(module, name, config, problem)
 
 
 def check_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
     """What a config must pass before it is timed: the first small shape, which has several of its tiles."""
-    return _by_gate(name, config, problem, only_first=True)
+    return _by_gate(module, name, config, problem, only_first=True)
 
 
 def recheck_by_gate(module: str, name: str, config: Config, problem: Problem) -> Evidence:
     """What it must pass after: every small shape, with contents that it was not checked with."""
-    return _by_gate(name, config, problem, seed=SEED + 1)
+    return _by_gate(module, name, config, problem, seed=SEED + 1)
 
 
-def _by_gate(name: str, config: Config, problem: Problem, **how: Any) -> Evidence:
+def _by_gate(module: str, name: str, config: Config, problem: Problem, **how: Any) -> Evidence:
     """By the gate: on a GPU in this process, which is lost if that goes wrong, elsewhere in the interpreter's own."""
+    find_tunable(module, name)  # with it, what other workers have compiled is found
     if torch.cuda.is_available():
         return run_trials(name, config, problem, "cuda", **how)
     return check_config(name, config, problem=problem, **how)

@@ -23,8 +23,8 @@ from .stations import Station, spread
 if TYPE_CHECKING:
     from .tune import Tuner
 
-MOST_CHECKERS = 8
-"""Processes that verify at a time, on all GPUs of a machine: each has a context, and a third of a gigabyte."""
+MOST_CHECKERS = 5
+"""Processes that verify at a time, on all GPUs of a machine: each has a context, and up to half a gigabyte."""
 COMPILED_BY, CHECKED_BY = 0.4, 0.6
 """Shares of the budget after which no further config is compiled, and verified, where the rest goes into timing."""
 
@@ -64,9 +64,8 @@ class Workshop:
                 tuner.check(self.checkers, begin + budget_s * CHECKED_BY)
             self.checkers.close()  # those that time have the GPUs, and memory is free again
             self._race(tuners, begin + budget_s)
-            if self._request.ray is not None:
-                for station in self.stations:
-                    station.pool.close()
+            for station in self.stations:
+                station.pool.close()
         for tuner in tuners:
             tuner.settle(self.checkers)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .autotune.session import Session
     from .kernels.tunable import Tunable
 
-MOST_JOBS = 16
+MOST_JOBS = 12
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EFFORTS = ("quick", "standard", "exhaustive")
 PREFERENCES = ("knee", "latency", "memory", "quality")
