@@ -34,6 +34,7 @@ from cca_attention.profiles import bundled, choice, resolve, schema
 from cca_attention.profiles.bundled import bundled_profiles
 from cca_attention.profiles.live import LiveDevice
 
+assert bundled_profiles.cache_info().currsize == 1, "the import has not read what they are for"
 profiles = bundled_profiles(bundled.bundled_folder())
 path = next(path for path in profiles if path.name == sys.argv[1] + ".yaml")
 held, opened, validated = profiles[path], [], []
@@ -45,10 +46,10 @@ choice.triton.__version__ = held.software.triton
 choice.source_hash = lambda kernel: held.kernels[kernel].source_hash if kernel in held.kernels else ""
 whole = schema.as_config
 schema.as_config = lambda kernel, values: validated.append(kernel) or whole(kernel, values)
-auto, problem = resolve.AutoProfile(), Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
+problem = Problem(q_heads=32, kv_heads=8, seq_len=131072, head_dim=128)
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 begin = time.thread_time()
-found = auto.resolutions(problem, torch.device("cuda", 0))
+found = resolve.AutoProfile().resolutions(problem, torch.device("cuda", 0))
 took = time.thread_time() - begin
 print(json.dumps([str(path), opened, sorted(validated), sorted(k for k in found if found[k].entry), took]))
 """
