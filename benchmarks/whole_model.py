@@ -256,19 +256,24 @@ def measure(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+COLUMNS = {
+    "first_ms": ("first token, s", 1e3, "2f"),
+    "next_ms": ("next token, ms", 1, "2f"),
+    "error": ("error", 1, "2%"),
+    "from_eager": ("from eager", 1, "2%"),
+    "cache_bytes": ("cache, MB", 1e6, "1f"),
+    "peak_bytes": ("peak, GB", 1e9, "1f"),
+}
+"""Of a figure: its heading, how much is one unit, digits."""
+
+
 def table(record: dict[str, Any]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield (
-        "| tokens | attention | decoding | first token, s | next token, ms "
-        "| error | from eager | cache, MB | peak, GB |"
-    )
-    yield "|---:|---|---|---:|---:|---:|---:|---:|---:|"
-    units = (
-        ("first_ms", 1e3, "2f"), ("next_ms", 1, "2f"), ("error", 1, "2%"), ("from_eager", 1, "2%"),
-        ("cache_bytes", 1e6, "1f"), ("peak_bytes", 1e9, "1f"),
-    )  # fmt: skip
+    columns = {name: how for name, how in COLUMNS.items() if any(name in row for row in record["rows"])}
+    yield f"| tokens | attention | decoding | {' | '.join(how[0] for how in columns.values())} |"
+    yield "|---:|---|---|" + "---:|" * len(columns)
     for row in sorted(record["rows"], key=lambda row: row["tokens"]):
-        cells = [f"{row[name] / unit:.{form}}" if name in row else "" for name, unit, form in units]
+        cells = [f"{row[name] / unit:.{form}}" if name in row else "" for name, (_, unit, form) in columns.items()]
         yield f"| {' | '.join((str(row['tokens']), row['attention'], row['decoding'], *cells))} |"
 
 
