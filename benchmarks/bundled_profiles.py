@@ -33,6 +33,7 @@ from cca_attention.autotune.predict import predict
 from cca_attention.autotune.traits import UNKNOWN
 from cca_attention.autotune.worker import Done, Job
 from cca_attention.kernels.tunable import Tunable
+from cca_attention.profiles.bundled import bundled_profiles
 from cca_attention.profiles.configs import source_hash, tunables
 from cca_attention.profiles.live import fp_fusion, minor_version
 from cca_attention.profiles.schema import (
@@ -47,7 +48,7 @@ from cca_attention.profiles.schema import (
     Semantics,
     Software,
 )
-from cca_attention.profiles.store import make_profile, read_profile, write_profile
+from cca_attention.profiles.store import make_profile, write_profile
 
 GPUS = "a100-80gb,a100-40gb,h100-sxm,h200,l40s,rtx4090,b200,rtx5090,mi300x"
 MODELS = ("llama2-7b", "llama3.1-8b", "llama3.1-70b", "qwen2.5-7b", "qwen3-8b", "mistral-7b")
@@ -150,13 +151,12 @@ def profile_of(device: Device, entries: Sequence[Entry]) -> Profile:
 
 
 def kept(path: Path) -> list[Entry]:
-    """The entries at `path` that are of the kernels and the Triton of this checkout."""
-    if not path.exists():
+    """The entries at `path` that are of the kernels and the Triton of this checkout; of others nothing is validated."""
+    held = bundled_profiles(path.parent).get(path)
+    if held is None or minor_version(held.software.triton) != minor_version(triton.__version__):
         return []
-    held = read_profile(path)
-    if minor_version(held.software.triton) != minor_version(triton.__version__):
-        return []
-    return [entry for entry in held.entries if held.kernels[entry.kernel].source_hash == source_hash(entry.kernel)]
+    current = {kernel for kernel, source in held.kernels.items() if source.source_hash == source_hash(kernel)}
+    return [entry.whole() for entry in held.entries if entry.kernel in current]
 
 
 def write(device: Device, path: Path, old: Sequence[Entry], known: Sequence[Compiled]) -> None:
