@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cca_attention import Problem
+from cca_attention import Problem, fused
 from cca_attention.attention import cca_attention, choose_backend
 from cca_attention.kernels.forward import ForwardConfig
 from cca_attention.kernels.tunable import Schedule
@@ -257,3 +259,30 @@ def test_compiled_in_one_graph_equals_eager(compiler: str, backend: str) -> None
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(*leaves), leaves)
     for name, x, y in zip(("dq", "dk", "dv"), found, expected, strict=True):
         assert compare_bitwise(name, x, y).ok, name
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, which need not be that of q."""
+    inside: list[torch.device] = []
+    seen: list[tuple[str, list[torch.device]]] = []
+
+    @contextmanager
+    def current(x: Tensor) -> Iterator[None]:
+        inside.append(x.device)
+        yield
+        inside.pop()
+
+    def watched(name: str, launch: Callable[..., None]) -> Callable[..., None]:
+        def call(*tensors: Any, **options: Any) -> None:
+            seen.append((name, list(inside)))
+            launch(*tensors, **options)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "device_of", current)
+    for name in ("launch_pooling", "launch_forward", "launch_delta", "launch_backward_dq"):
+        monkeypatch.setattr(fused, name, watched(name, getattr(fused, name)))
+    q, k, v = (torch.randn(1, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    cca_attention(q, k, v, group_size=2, window_size=4).sum().backward()
+    assert [name for name, _ in seen] == ["launch_pooling", "launch_forward", "launch_delta", "launch_backward_dq"]
+    assert all(devices == [q.device] for _, devices in seen)

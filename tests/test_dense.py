@@ -72,7 +72,11 @@ CALLS: dict[str, tuple[dict[str, Any], bool]] = {
     "a backend by name": ({"backend": "triton"}, False),
     "padded": ({"seq_bounds": ((0, 9), (0, 9))}, False),
     "training": ({"grads": True}, False),
-}
+    "training, in any order": ({"grads": True, "deterministic": False}, True),
+    "training, in any order, a query sees a core": (
+        {"grads": True, "deterministic": False, "tokens": LONGEST + 1}, False,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -261,8 +261,8 @@ def cca_attention(
         backend: "triton", "eager" (blocked PyTorch), or "auto": triton on CUDA and under the interpreter, else eager.
             Where no query sees a core token (T < window_size + group_size), this is causal attention: there "auto"
             leaves float16 and bfloat16 on CUDA to ``scaled_dot_product_attention``, unless sequences are packed or
-            padded, or lse or gradients are wanted (its own are not the same bits from run to run).
-        deterministic: True promises the same bits from run to run; at present both values run the same kernels.
+            padded, or lse or deterministic gradients are wanted.
+        deterministic: gradients have the same bits from run to run; PyTorch's, of such short calls, have not.
         return_lse: also return the log-sum-exp of each query's logits.
 
     Returns:
@@ -283,7 +283,7 @@ def cca_attention(
     packed = cu_seqlens is not None
     handle, records = register_profile(profile), _records(q, k, v)
     bounds, factor = cu_seqlens if packed else seq_bounds, spec.softmax_scale(q.shape[3])
-    if backend == "auto" and bounds is None and not (return_lse or records) and is_dense(q, spec):
+    if backend == "auto" and bounds is None and not (return_lse or (records and deterministic)) and is_dense(q, spec):
         return causal_attention(q, k, v, factor)
     attend = _Attention.apply if records and not torch.compiler.is_compiling() else _forward
     out, lse, *_ = attend(q, k, v, bounds, packed, group_size, window_size, core_heads, pooling, factor, chosen, handle)

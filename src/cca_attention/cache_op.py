@@ -89,15 +89,16 @@ def _run(
     vars(state).update(zip(_tensors(state), storage, strict=True))
     state.max_tokens, state.may_overflow = max_tokens, True
     new = q.to(state.dtype), k.to(state.dtype), v.to(state.dtype)
-    if bounds is not None:
-        out = state.extend(*new, bounds)
-    elif state.takes_in_one_step(q, k):
-        out = state.step(*new)
-    elif empty and q.shape[2] <= max_tokens and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        out = state.begin(*new)  # a captured call may be replayed on rows that hold tokens
-    else:
-        out = state.extend(*new)
-    return out.to(q.dtype)
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        if bounds is not None:
+            out = state.extend(*new, bounds)
+        elif state.takes_in_one_step(q, k):
+            out = state.step(*new)
+        elif empty and q.shape[2] <= max_tokens and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            out = state.begin(*new)  # a captured call may be replayed on rows that hold tokens
+        else:
+            out = state.extend(*new)
+        return out.to(q.dtype)
 
 
 _append = torch.library.custom_op("cca_attention::append", _run, mutates_args=("storage",))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,21 @@ def emulated(tensor: Tensor) -> bool:
     return INTERPRETED and tensor.dtype == torch.bfloat16
 
 
+Launches = TypeVar("Launches", bound=Callable[..., Any])
+
+
+def on_its_gpu(function: Launches) -> Launches:
+    """`function` with the GPU of its first tensor as the current one, on which Triton launches."""
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *others)
+
+    return cast("Launches", run)
+
+
+@on_its_gpu
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -170,6 +185,7 @@ def _forward_emulated(
     return out.to(narrow), lse, k_core, v_core, pool_lse
 
 
+@on_its_gpu
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

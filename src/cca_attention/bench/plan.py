@@ -57,7 +57,7 @@ SUITES: Mapping[str, Suite] = {
     ),
     "short": Suite(
         says="Short contexts in batches, where sparse kernels usually lose.",
-        whats=(FORWARD, BOTH),
+        whats=(FORWARD, BOTH, UNORDERED),
         contexts=(512, 1024, 2048, 4096, 8192),
         batches=(1, 8, 32),
     ),
