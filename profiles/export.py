@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..kernels.tunable import Tunable
-from .configs import as_config, known_kernel
+from .configs import as_config, known_kernel, source_hash
 from .schema import Entry, Profile
 
 Format = Literal["vllm", "sglang", "kernels", "triton-config", "t4", "fla"]
@@ -30,10 +30,17 @@ class Exported:
 
 
 def export(profile: Profile, form: Format) -> Exported:
-    """`profile` in the form of another project. Raises ValueError for a form that there is not."""
+    """`profile` in the form of another project, without kernels whose source has changed since.
+
+    Raises ValueError for a form that there is not.
+    """
     if form not in FORMATS:
         raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
-    return _WRITERS[form](profile)
+    current = [e for e in profile.entries if profile.kernels[e.kernel].source_hash == source_hash(e.kernel)]
+    outdated = dict.fromkeys(e.kernel for e in profile.entries if e not in current)
+    written = _WRITERS[form](profile.model_copy(update={"entries": tuple(current)}))
+    changed = [f"{kernel}: its source has changed since it was tuned" for kernel in outdated]
+    return Exported(written.files, [*changed, *written.left_out])
 
 
 def launch_args(entry: Entry) -> dict[str, int]:

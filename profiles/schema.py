@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ..kernels.tunable import HANDLES, Schedule
 from ..problem import Problem
 from .choice import Mode, ProfileMismatch, Resolution, choose
-from .configs import as_config, known_kernel
+from .configs import as_config, known_kernel, source_hash
 from .evidence import (
     MOST,
     Baseline,
@@ -133,7 +133,8 @@ class Entry(Point):
             raise ValueError("evidence 'modelled' needs the predicted time")
         if self.interval is not None and self.interval.doublings_outside(self.problem) > 0:
             raise ValueError(f"its interval {self.interval!r} does not hold its own problem {self.problem}")
-        as_config(self.kernel, self.config)
+        if self.verification is None or self.verification.kernel_hash == source_hash(self.kernel):
+            as_config(self.kernel, self.config)  # of another source it is served to nobody, and may have other fields
         return self
 
     @property

@@ -234,7 +234,7 @@ def test_a_token_past_the_end_of_a_static_cache_is_nan() -> None:
 def test_a_cache_is_not_differentiable_and_its_layers_count_alike(cache: Any) -> None:
     model = build("Llama")
     enable(model, G, W)
-    with pytest.raises(ValueError, match="must not require grad.*no_grad"):
+    with pytest.raises(ValueError, match=r"must not require grad.*no_grad"):
         model(prompt(1, 10), past_key_values=cache(model.config))
     held = cache(model.config)
     with torch.no_grad():

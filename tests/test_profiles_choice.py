@@ -96,6 +96,7 @@ def test_the_weakest_claim_is_the_level(level: str, reason: str, change: dict[st
         ("5.0 doublings away, more than 4", {"problem": replace(PROBLEM, seq_len=2048)}),
         ("block_q 96 is not a power of two", {"config": {**asdict(TUNED), "block_q": 96}}),
         ("its source has changed", {"text": TEXT.replace(source_hash("forward"), "0" * 64)}),
+        ("its source has changed", {"text": TEXT.replace(source_hash("forward"), "0" * 64), "config": {"tile": 64}}),
         ("its configs are of kernel ABI 2, this is 1", {"text": TEXT.replace("abi: 1", "abi: 2")}),
         ("verified on another source", {"text": TEXT.replace(f"_hash: {source_hash('forward')},\n", "_hash: no,\n")}),
         ("modelled for Triton 3.1.0", {"text": TEXT.replace(f"n: {triton.__version__}", "n: 3.1.0"), **PREDICTED}),

@@ -50,6 +50,15 @@ def nearest(configs: dict[int, Any], length: int) -> Any:
     return configs[min(configs, key=lambda key: abs(key - length))]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_kernel_that_has_changed_since_is_left_out_and_named(form: Any) -> None:
+    content = yaml.safe_load(TEXT.replace(source_hash("forward"), "0" * 64))
+    content["entries"][0]["config"] = {"tile": 64}  # the fields of that version
+    found = export(parse_profile(yaml.safe_dump(content).encode(), "p.yaml"), form)
+    assert found.left_out == ["forward: its source has changed since it was tuned"]
+    assert "64" not in "".join(found.files.values())
+
+
 def test_vllm_finds_the_file_by_name_and_the_config_by_the_nearest_integer_key() -> None:
     files = export(profile(), "vllm").files
     assert " " not in "".join(files) and len(files) == 2

@@ -146,8 +146,8 @@ class BackwardDcoreHopperConfig(QueryTilesConfig):
 
 def items_of(num_cores: int, heads: int, item_tiles: int) -> int:
     """Items of `heads` heads in all, of `num_cores` cores each."""
-    columns = triton.cdiv(num_cores, BLOCK_KEYS.value)
-    return triton.cdiv(columns, item_tiles) * heads
+    columns = -(-num_cores // BLOCK_KEYS.value)
+    return -(-columns // item_tiles) * heads
 
 
 def default_config(problem: Problem, arch: str) -> BackwardDcoreHopperConfig:
