@@ -4,8 +4,9 @@
     python benchmarks/counters.py --show docs/data/counters-h200.json     # the table of docs/performance.md
 
 The shapes are those of the goals: 131072 tokens in bfloat16, 32/32 heads of 128; 32/8 and cores of key/value heads for
-the decode step. `ncu` launches a kernel anew for every group of counters, with pauses in which the card cools down: the
-times are those of a card at rest. The clocks are left alone, and what they were is in the table.
+the decode step. `ncu` launches a kernel anew for every group of counters, with pauses in which the card cools down: its
+times are those of a card at rest. Beside them stand those of a busy one: of forward and backward, over and over. The
+clocks are left alone, and what they were is in the table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cca_attention import Problem
+from cca_attention import Problem, cca_attention
 from cca_attention.fused import architecture
 from cca_attention.profiles.configs import tunables
 from cca_attention.verify.provenance import commit, gpu_name, versions
@@ -37,6 +38,8 @@ COUNTERS = {
     "dram__bytes.sum.per_second": ("memory, TB/s", 1e-12, 2),
 }
 """Of `ncu`: the column's name, its factor and its digits."""
+BUSY = "busy_ms"
+STEPS = 12
 KERNELS = (
     "pooling", "forward_hopper", "backward_dcore_hopper", "pooling_backward", "backward_dkv_hopper",
     "backward_dq_hopper", "decode",
@@ -58,6 +61,25 @@ def launch(tokens: int) -> None:
             kernel.launch(problem, tensors, kernel.default(problem, arch))
             torch.cuda.synchronize()
         torch.cuda.profiler.stop()
+
+
+def busy_times(tokens: int) -> dict[str, float]:
+    """Milliseconds of each kernel of forward and backward, while the card does nothing else for a second and more."""
+    q, k, v, dout = (torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> None:
+        torch.autograd.grad(cca_attention(*leaves, group_size=16, window_size=1024), leaves, dout)
+
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 / STEPS for event in found.key_averages()}
+    return {name.removesuffix("_kernel"): ms for name, ms in times.items() if name.endswith("_kernel")}
 
 
 def profile(tokens: int) -> list[dict[str, Any]]:
@@ -88,11 +110,12 @@ def rows(output: str) -> list[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> Iterator[str]:
     """The record in Markdown."""
-    yield "| kernel | " + " | ".join(title for title, _, _ in COUNTERS.values()) + " |"
-    yield "|---|" + "---:|" * len(COUNTERS)
+    yield "| kernel | busy, ms | " + " | ".join(title for title, _, _ in COUNTERS.values()) + " |"
+    yield "|---|---:|" + "---:|" * len(COUNTERS)
     for row in record["kernels"]:
         cells = [f"{row[name] * factor:,.{digits}f}" for name, (_, factor, digits) in COUNTERS.items()]
-        yield f"| `{row['kernel']}` | " + " | ".join(cells) + " |"
+        busy = f"{row[BUSY]:.2f}" if BUSY in row else ""
+        yield f"| `{row['kernel']}` | " + " | ".join([busy, *cells]) + " |"
 
 
 def main() -> int:
@@ -110,7 +133,13 @@ def main() -> int:
         return 0
     if not options.show:
         about = {"gpu": gpu_name(), "versions": versions(), "commit": commit(), "tokens": options.tokens}
-        found = {**about, "kernels": profile(options.tokens)}
+        busy = busy_times(options.tokens)
+        found = {
+            **about,
+            "kernels": [
+                {**row, BUSY: busy[row["kernel"]]} if row["kernel"] in busy else row for row in profile(options.tokens)
+            ],
+        }
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     record = json.loads((options.show or options.json).read_text(encoding="utf-8"))
     sys.stdout.write("\n".join(table(record)) + "\n")
