@@ -146,7 +146,7 @@ class BackwardDcoreHopperConfig(QueryTilesConfig):
 
 def items_of(num_cores: int, heads: int, item_tiles: int) -> int:
     """Items of `heads` heads in all, of `num_cores` cores each."""
-    columns = -(-num_cores // BLOCK_KEYS.value)
+    columns: int = triton.cdiv(num_cores, BLOCK_KEYS.value)
     return -(-columns // item_tiles) * heads
 
 
