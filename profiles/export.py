@@ -36,11 +36,16 @@ def export(profile: Profile, form: Format) -> Exported:
     """
     if form not in FORMATS:
         raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}")
-    current = [e for e in profile.entries if profile.kernels[e.kernel].source_hash == source_hash(e.kernel)]
-    outdated = dict.fromkeys(e.kernel for e in profile.entries if e not in current)
-    written = _WRITERS[form](profile.model_copy(update={"entries": tuple(current)}))
+    current = tuple(entry for entry in profile.entries if _is_current(profile, entry))
+    outdated = dict.fromkeys(entry.kernel for entry in profile.entries if not _is_current(profile, entry))
+    written = _WRITERS[form](profile.model_copy(update={"entries": current}))
     changed = [f"{kernel}: its source has changed since it was tuned" for kernel in outdated]
     return Exported(written.files, [*changed, *written.left_out])
+
+
+def _is_current(profile: Profile, entry: Entry) -> bool:
+    verified = () if entry.verification is None else (entry.verification.kernel_hash,)
+    return {profile.kernels[entry.kernel].source_hash, *verified} == {source_hash(entry.kernel)}
 
 
 def launch_args(entry: Entry) -> dict[str, int]:

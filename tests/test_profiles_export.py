@@ -50,9 +50,12 @@ def nearest(configs: dict[int, Any], length: int) -> Any:
     return configs[min(configs, key=lambda key: abs(key - length))]
 
 
+@pytest.mark.parametrize("of_kernel", [True, False])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_kernel_that_has_changed_since_is_left_out_and_named(form: Any) -> None:
+def test_a_kernel_that_has_changed_since_is_left_out_and_named(form: Any, of_kernel: bool) -> None:
     content = yaml.safe_load(TEXT.replace(source_hash("forward"), "0" * 64))
+    if not of_kernel:  # only the verification is of another source
+        content["kernels"]["forward"]["source_hash"] = source_hash("forward")
     content["entries"][0]["config"] = {"tile": 64}  # the fields of that version
     found = export(parse_profile(yaml.safe_dump(content).encode(), "p.yaml"), form)
     assert found.left_out == ["forward: its source has changed since it was tuned"]
