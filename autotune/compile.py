@@ -23,7 +23,6 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import decode
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import known_kernel
@@ -93,10 +92,7 @@ def target_of(arch: str) -> GPUTarget:
 
 def aim(arch: str) -> None:
     """Make this process compile for `arch` from now on; it can launch nothing."""
-    target = target_of(arch)
-    driver.set_active(CompileOnlyDriver(target))
-    # the launcher asks this of the device that its tensors are on, and meta is none
-    decode._can_start_early = functools.cache(lambda device: target.backend == "cuda" and target.arch >= 90)
+    driver.set_active(CompileOnlyDriver(target_of(arch)))
 
 
 def find_tunable(module: str, name: str) -> Tunable:

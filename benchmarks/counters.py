@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cca_attention import Problem, cca_attention
-from cca_attention.fused import architecture
+from cca_attention.configs import architecture
 from cca_attention.profiles.configs import tunables
 from cca_attention.verify.provenance import commit, gpu_name, versions
 

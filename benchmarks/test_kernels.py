@@ -19,7 +19,7 @@ import triton
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from cca_attention import Problem, cca_attention
-from cca_attention.fused import architecture
+from cca_attention.configs import architecture
 from cca_attention.kernels.tunable import Tunable
 from cca_attention.profiles.configs import tunables
 from cca_attention.verify.gate import check_config

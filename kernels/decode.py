@@ -8,29 +8,33 @@ output is NaN.
 
 No program waits for another: new tokens are read where the caller put them, and a step is of at most `window_size`
 tokens, so that none of them sees a group that the step completes. With EARLY each launch may begin before the one
-ahead of it has ended, and waits for that before it reads or writes anything (programmatic dependent launch).
+ahead of it has ended, and waits for that before it reads or writes anything (programmatic dependent launch): 1 lets
+the merge begin once every share has gone through its keys, 2 as soon as all shares run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
 
 from ..problem import Problem
 from ..spec import CCASpec
+from .enqueue import enqueue
 from .primitives import attend, first_local, load_rows, mean_query, offset, scale_log2, store_rows, visible_cores
-from .tunable import Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
+from .tunable import INTERPRETED, Config, Tunable, Work, accumulator_dtype, draw, padded_dim, smallest_block_refusal
 
 MAX_ROWS = 64
 """The most rows of one tile: query heads of a key/value head times new tokens."""
 UNBOUNDED = 2**31 - 1
 """`max_tokens` of storage that its owner grows before it is full."""
+FEW_PROGRAMS = 512
+"""Up to so many shares the merge's programs find room beside them; more would wait for each other (EARLY)."""
 POOL_TILE = tl.constexpr(16)
 """The most tokens of a group that are pooled at once."""
 MERGE_TILE = tl.constexpr(8192)
@@ -157,7 +161,7 @@ def attend_share(
         v = load_rows(v_head + key_offs, keys < newest, HEAD_DIM, BLOCK_D, True)
         visible = (keys[None, :] >= first_key[:, None]) & (keys[None, :] < tl.minimum(end_key, newest)[:, None])
         acc, row_max, row_sum = attend(q, k, v, visible, acc, row_max, row_sum, SCALE_LOG2, True)
-    if EARLY:
+    if EARLY == 1:
         gdc_launch_dependents()
     row_sum = tl.where(position < max_tokens, row_sum, float("nan"))
     part = ((batch.to(tl.int64) * q_heads + head) * NUM_NEW + index) * (SPLITS_CORE + SPLITS_RAW) + split
@@ -185,6 +189,8 @@ def decode_kernel(
     """
     if EARLY:
         gdc_wait()
+        if EARLY == 2:
+            gdc_launch_dependents()
     core_head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     SPLITS: tl.constexpr = SPLITS_CORE + SPLITS_RAW
     if (part >= SPLITS_CORE) & (part < SPLITS) & (core_head % CORES_PER_KV != 0):
@@ -340,11 +346,14 @@ def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfi
     kv_heads, core_heads, splits = k.shape[1], k_core.shape[1], config.splits_core + config.splits_raw
     acc = q.new_empty(batch, q_heads, new, splits, head_dim, dtype=accumulator_dtype(q.dtype))
     stats = acc.new_empty(batch, q_heads, new, splits, 2)
-    early = _can_start_early(q.device)
+    early = 0
+    if _can_start_early():
+        early = 2 if batch * core_heads * splits <= FEW_PROGRAMS else 1
     sizes = {"NUM_NEW": new, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim), "EARLY": early}
     if early:
         sizes["launch_pdl"] = True
-    decode_kernel[core_heads, triton.cdiv(new, spec.group_size) + splits, batch](
+    enqueue(
+        decode_kernel, (core_heads, triton.cdiv(new, spec.group_size) + splits, batch),
         q, k, v, k_core, v_core, k_raw, v_raw, seen, acc, stats,
         q.stride(), k.stride(), v.stride(), k_core.stride(), k_raw.stride(),
         (q_heads, max_tokens),
@@ -352,16 +361,18 @@ def _launch_step(tensors: tuple[Tensor, ...], spec: CCASpec, config: DecodeConfi
         GROUP_SIZE=spec.group_size, WINDOW_SIZE=spec.window_size, MEAN=spec.pooling == "mean",
         SCALE_LOG2=scale_log2(spec, head_dim), **sizes, **config.launch_args(),
     )  # fmt: skip
-    decode_merge_kernel[q_heads * new, batch](
+    enqueue(
+        decode_merge_kernel, (q_heads * new, batch, 1),
         acc, stats, out, seen, next_seen, out.stride(), max_tokens, SPLITS=splits, **sizes,
     )  # fmt: skip
 
 
-@cache
-def _can_start_early(device: torch.device) -> bool:
-    """Whether the GPU has programmatic dependent launch, which came with compute capability 9.0."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+def _can_start_early() -> bool:
+    """Whether the GPU launched on, or compiled for, has programmatic dependent launch (compute capability 9.0)."""
+    if INTERPRETED:
+        return False
+    target = driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
 
 
 def _check_launch(

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ..problem import Problem
 
+INTERPRETED = not isinstance(triton.language.sum, triton.JITFunction)
+"""Whether Triton's interpreter runs the portable kernels (TRITON_INTERPRET=1 when triton was imported)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:

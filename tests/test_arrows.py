@@ -17,7 +17,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGE_DIR: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 
-ATTENTION = {"attention", "arguments", "fused", "cache", "cache_state", "cache_op"}
+ATTENTION = {"attention", "arguments", "configs", "fused", "replay", "cache", "cache_state", "cache_op"}
 FRONT = {"spec", "problem", "kernels", "profiles", *ATTENTION}
 COMMANDS = {"cli", *(f"cli_{name}" for name in ("bench", "cards", "peers", "plan", "profile", "runs", "verify"))}
 BEHIND_COMMANDS = {"__init__", "verify", "autotune", "ci", "terminal", "bench", *COMMANDS}

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cca_attention import CCASpec, Problem, fused
 from cca_attention.bench.work import held_bytes
+from cca_attention.configs import Configs, problem_of
 from cca_attention.kernels.layout import Sequences, core_gradients_in
+from cca_attention.kernels.tunable import Schedule
 from cca_attention.verify.cases import Case, same_tiles
 from cca_attention.verify.checks import run
 from cca_attention.verify.inputs import make_inputs
@@ -110,7 +112,7 @@ def test_memory_is_what_the_backward_cannot_do_without(
 
     q, k, v, dout = empty(32), empty(kv_heads), empty(kv_heads), empty(32)
     spec, sequences = CCASpec(core_heads=core_heads), Sequences.dense(1)
-    configs = fused.Configs({}, fused.problem_of(q, k, spec), "sm_90")
+    configs = Configs(Schedule(), problem_of(q, k, spec), "sm_90")
     with Allocated() as allocated:
         saved = fused.forward(q, k, v, spec, sequences, configs)
         grads = fused.backward(dout, None, q, k, v, *saved, spec, sequences, configs)

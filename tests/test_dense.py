@@ -93,7 +93,7 @@ def test_who_takes_a_call(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "causal_attention", watched)
     # a torch without CUDA aborts when it is to record an operation on fake CUDA tensors
-    monkeypatch.setattr(attention._Attention, "apply", torch.no_grad()(attention._forward))
+    monkeypatch.setattr(attention._Attention, "apply", torch.no_grad()(attention.forward_op))
     with FakeTensorMode():
         if "seq_bounds" in options:
             options["seq_bounds"] = torch.tensor(options["seq_bounds"], dtype=torch.int32, device=made["device"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -76,6 +78,22 @@ def test_what_triton_would_compile_anew_goes_to_triton(change: str, calls: list[
         enqueue(kernel, (1, 1, 1), x, strides, size, BLOCK=block, num_warps=warps)
     enqueue(Kernel(calls), (1, 1, 1), usual["x"], (4, 1), 7, BLOCK=16, num_warps=4)  # another kernel
     assert [who for who, *_ in calls] == ["triton", "triton", "triton"]
+
+
+def test_constants_of_other_names_are_others(calls: list[Call]) -> None:
+    kernel, x = Kernel(calls), aligned()
+    enqueue(kernel, (1, 1, 1), x, (4, 1), 7, BLOCK=16, num_warps=4)
+    enqueue(kernel, (1, 1, 1), x, (4, 1), 7, BLOCK=16, num_stages=4)
+    assert [who for who, *_ in calls] == ["triton", "triton"]
+
+
+def test_no_other_kernel_takes_the_place_of_one_that_is_remembered(calls: list[Call]) -> None:
+    kernel = Kernel(calls)
+    here = weakref.ref(kernel)
+    enqueue(kernel, (1, 1, 1), aligned(), (4, 1), 7, BLOCK=16)
+    del kernel
+    gc.collect()
+    assert here() is not None
 
 
 def test_each_device_has_its_own(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ FILE = Path("acme_cca_profiles") / "profiles" / "a10g.yaml"
 SCRIPT = """
 import sys, torch
 from cca_attention import CCASpec, Problem, load_profile
-from cca_attention.attention import configs_for, register_profile
+from cca_attention.configs import configs_for, register_profile
 from cca_attention.profiles import resolve, schema
 from cca_attention.profiles.live import LiveDevice
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..attention import configs_for, register_profile
+from ..configs import configs_for, register_profile
 from .calls import dense, feed, is_zero, make_cache, one_by_one, run, same_bits
 from .cases import Case
 from .inputs import Inputs, make_inputs

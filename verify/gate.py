@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from ..fused import architecture
+from ..configs import architecture
 from ..kernels.tunable import Config, Tunable
 from ..problem import Problem
 from ..profiles.configs import as_config, source_hash

@@ -4,9 +4,9 @@ They give what the portable kernels of the same name give and take over from the
 experimental part of Triton, so only the releases that this was tested with are used; there is no interpreter for it.
 """
 
-from .limits import INTERPRETED, TESTED, usable
+from .limits import TESTED, usable
 
-__all__ = ["INTERPRETED", "usable"]
+__all__ = ["usable"]
 
 try:
     from . import backward_dcore, backward_dkv, backward_dq, forward

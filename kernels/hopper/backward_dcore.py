@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dkv import allocate_dcore, dcore_work
+from ..enqueue import enqueue
 from ..layout import core_gradient_layout
 from ..primitives import LOG2_E, first_query_of_core
 from ..tunable import Tunable
@@ -178,7 +179,8 @@ def launch_backward_dcore_hopper(
     batch, core_heads, num_cores = k_core.shape[:3]
     items = items_of(num_cores, core_heads * batch, config.item_tiles)
     grad_strides, part = core_gradient_layout(dk_core, dv_core)
-    backward_dcore_hopper_kernel[(min(multiprocessors(q.device), items),)](
+    enqueue(
+        backward_dcore_hopper_kernel, (min(multiprocessors(q.device), items), 1, 1),
         describe(q, config.block_q), describe(dout, config.block_q),
         describe(k_core, BLOCK_KEYS.value // 2), describe(v_core, BLOCK_KEYS.value // 2), lse, delta, dk_core, dv_core,
         grad_strides, (tokens, num_cores, core_heads, items, q.shape[1] // core_heads),

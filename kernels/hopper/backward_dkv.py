@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dkv import allocate_dkv, dkv_work
+from ..enqueue import enqueue
 from ..layout import core_gradient_layout
 from ..primitives import LOG2_E, last_query_of_token
 from ..tunable import Tunable
@@ -217,7 +218,8 @@ def launch_backward_dkv_hopper(
     grad_strides, part = core_gradient_layout(dk_core, dv_core)
     queries = [describe(x, config.block_q) for x in (q, dout)]
     keys = [describe(x, BLOCK_KEYS.value // 2) for x in (k, v)]
-    backward_dkv_hopper_kernel[(min(multiprocessors(q.device), items),)](
+    enqueue(
+        backward_dkv_hopper_kernel, (min(multiprocessors(q.device), items), 1, 1),
         *queries, *keys, lse, delta, q, dk_core, dv_core, pool_lse, pool_delta, dk, dv,
         q.stride(), grad_strides, dk.stride(), dv.stride(),
         (tokens, num_cores, kv_heads, items, q_heads // kv_heads, q_heads // core_heads),

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...problem import Problem
 from ...spec import CCASpec
 from ..backward_dq import allocate, work
+from ..enqueue import enqueue
 from ..primitives import LOG2_E
 from ..tunable import Tunable
 from .limits import ARCH
@@ -214,7 +215,8 @@ def launch_backward_dq_hopper(
     """
     grid, keys, sizes, constants = set_up(q, (k, v, k_core, v_core), spec, config)
     rows = [describe(x, BLOCK_Q.value // 2) for x in (q, dout, dq)]
-    backward_dq_hopper_kernel[grid](
+    enqueue(
+        backward_dq_hopper_kernel, grid,
         *rows[:2], *keys, rows[2], lse, delta, dq, dq.stride(), sizes,
         SCALE=spec.softmax_scale(q.shape[3]), MEAN=spec.pooling == "mean", **constants,
     )  # fmt: skip

@@ -17,11 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...problem import Problem
 from ...spec import CCASpec
+from ..enqueue import enqueue
 from ..forward import allocate, work
 from ..primitives import LN_2, first_local, scale_log2, visible_cores
 from ..tunable import Tunable
 from .limits import ARCH
-from .pipeline import describe, item_of, pack, settle, slot, turns, unpack
+from .pipeline import describe, item_of, pack, rescaled, settle, slot, turns, unpack
 from .queries import (
     BLOCK_Q,
     BUFFERS,
@@ -150,7 +151,7 @@ def sweep(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_free.index(before), count=1)
         probs = settle(probs)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+        acc = rescaled(acc, gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None])
         count += 1
     stage = (count - 1) % NUM_STAGES
     v = v_smem.index(stage).reshape([BLOCK_K, HEAD_DIM])
@@ -268,9 +269,10 @@ def launch_forward_hopper(
     """
     grid, keys, sizes, constants = set_up(q, (k, v, k_core, v_core), spec, config)
     rows = [describe(x, BLOCK_Q.value // 2) for x in (q, out)]
-    forward_hopper_kernel[grid](
-        rows[0], *keys, rows[1], lse, sizes, SCALE_LOG2=scale_log2(spec, q.shape[3]), **constants
-    )
+    enqueue(
+        forward_hopper_kernel, grid,
+        rows[0], *keys, rows[1], lse, sizes, SCALE_LOG2=scale_log2(spec, q.shape[3]), **constants,
+    )  # fmt: skip
 
 
 def launch(problem: Problem, tensors: dict[str, Tensor], config: ForwardHopperConfig) -> None:

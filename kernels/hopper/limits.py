@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..layout import Sequences
-from ..tunable import Config, smallest_block_refusal
+from ..tunable import INTERPRETED, Config, smallest_block_refusal
 
 ARCH = "sm_90"
 HEAD_DIMS = (64, 128)
@@ -19,8 +19,6 @@ MULTIPROCESSORS = 132
 """Of an H100 or H200 with SXM, for which built-in configs are chosen."""
 TESTED = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 """Whether this release of Triton is one that the kernels were tested with."""
-INTERPRETED = not isinstance(triton.language.sum, triton.JITFunction)
-"""Whether Triton's interpreter runs the portable kernels (TRITON_INTERPRET=1 when triton was imported)."""
 LEAST_FLOPS = 1e11
 """Below this, what the host takes to describe the tensors to TMA, about 0.1 ms, is more than the GPU saves."""
 

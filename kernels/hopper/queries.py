@@ -34,7 +34,7 @@ class KeyTilesConfig(HopperConfig):
 
 def set_up(
     q: Tensor, keys: tuple[Tensor, Tensor, Tensor, Tensor], spec: CCASpec, config: KeyTilesConfig
-) -> tuple[tuple[int], list[TensorDescriptor], tuple[int, ...], dict[str, int]]:
+) -> tuple[tuple[int, int, int], list[TensorDescriptor], tuple[int, ...], dict[str, int]]:
     """(grid, descriptors of k, v, k_core and v_core, sizes, constants) of a launch over the queries `q`."""
     batch, q_heads, tokens, head_dim = q.shape
     items = triton.cdiv(tokens, BLOCK_Q.value) * q_heads * batch
@@ -50,7 +50,7 @@ def set_up(
         "num_warps": config.num_warps,
     }
     descriptors = [describe(x, config.block_k) for x in keys]
-    return (min(multiprocessors(q.device), items),), descriptors, sizes, constants
+    return (min(multiprocessors(q.device), items), 1, 1), descriptors, sizes, constants
 
 
 @gluon.jit

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import fused
 from .arguments import check_sequences, check_tensors
+from .configs import configs_for, register_profile
 from .kernels import eager
 from .kernels.layout import Sequences
-from .kernels.tunable import HANDLES, Schedule, accumulator_dtype
+from .kernels.tunable import Schedule, accumulator_dtype
 from .spec import CCASpec, CoreHeads, Pooling, check_choice
 
 if TYPE_CHECKING:
@@ -31,39 +33,6 @@ def _operator(function: Callable[..., Any]) -> Any:
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.cca_attention, name).default
-
-
-def register_profile(profile: str | Profile | Schedule | None) -> str:
-    """The handle under which the ops find `profile`: None, a name or path, a Profile or a Schedule.
-
-    A name or path is loaded once per process; inside of what ``torch.compile`` traces, when the op first runs.
-    Raises what `load_profile` raises; "auto" takes what it finds.
-    """
-    if profile is None:
-        return ""
-    if not isinstance(profile, str):
-        return profile.handle
-    if not torch.compiler.is_compiling():
-        _registered(profile)
-    return profile
-
-
-def _registered(handle: str) -> Any:
-    if handle not in HANDLES:
-        from .profiles.resolve import profile_for
-
-        HANDLES[handle] = profile_for(handle)
-    return HANDLES[handle]
-
-
-def configs_for(handle: str, q: Tensor, k: Tensor, spec: CCASpec) -> fused.Configs:
-    """The configs that a registered profile gives for these tensors."""
-    problem = fused.problem_of(q, k, spec)
-    profile = _registered(handle) if handle else Schedule()
-    arch = fused.architecture(q.device)
-    if isinstance(profile, Schedule):
-        return fused.Configs(profile, problem, arch, forced=True)
-    return fused.Configs(profile.schedule(problem, q.device), problem, arch)
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
@@ -98,7 +67,6 @@ def _empty_results(
 _spec = lru_cache(maxsize=1024)(CCASpec)  # of values that were checked before
 
 
-@_operator
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -122,6 +90,9 @@ def _forward(
     return fused.forward(q, k, v, spec, _sequences(bounds, packed, q), configs_for(profile, q, k, spec))
 
 
+forward_op = _operator(_forward)
+
+
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -141,7 +112,6 @@ def _forward_fake(
     return _empty_results(q, k, v, spec, pooled(q.shape[2]))
 
 
-@_operator
 def _backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -173,8 +143,20 @@ def _backward(
     return fused.backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
 
 
+backward_op = _operator(_backward)
+
+
 def _backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _direct(function: Callable[..., Any], op: Any, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    """`function`, or the `op` made of it where there is somebody who is to see an op; it takes 30 us and more."""
+    plain = all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
+    return function if plain and not is_in_torch_dispatch_mode() else op
 
 
 class _Backward(torch.autograd.Function):
@@ -182,7 +164,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        return _backward(*inputs)
+        return _direct(_backward, backward_op, inputs)(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *unused: Any) -> Any:
@@ -198,8 +180,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: None) -> tuple[Any, ...]:
     q, k, v, bounds, out, lse, k_core, v_core, pool_lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    derive = _Backward.apply if torch.is_grad_enabled() else _backward
-    grads = derive(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, bounds, *ctx.options)
+    inputs = (dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, bounds, *ctx.options)
+    derive: Callable[..., Any] = _direct(_backward, backward_op, inputs)
+    if torch.is_grad_enabled():
+        derive = _Backward.apply
+    grads = derive(*inputs)
     return (*grads, None, *(None for _ in ctx.options))
 
 
@@ -213,7 +198,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
+        output = _direct(_forward, forward_op, inputs)(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -285,7 +270,7 @@ def cca_attention(
     bounds, factor = cu_seqlens if packed else seq_bounds, spec.softmax_scale(q.shape[3])
     if backend == "auto" and bounds is None and not (return_lse or (records and deterministic)) and is_dense(q, spec):
         return causal_attention(q, k, v, factor)
-    attend = _Attention.apply if records and not torch.compiler.is_compiling() else _forward
+    attend = _Attention.apply if records and not torch.compiler.is_compiling() else forward_op
     out, lse, *_ = attend(q, k, v, bounds, packed, group_size, window_size, core_heads, pooling, factor, chosen, handle)
     return (out, lse) if return_lse else out
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .arguments import DTYPES, check_sequences, check_tensors
-from .attention import Backend, choose_backend, register_profile
+from .attention import Backend, choose_backend
 from .cache_state import CacheState
+from .configs import register_profile
 from .kernels.tunable import Schedule
 from .problem import check_heads
 from .spec import CCASpec, check_positive_int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .attention import configs_for
+from .configs import configs_for
 from .kernels import eager
 from .kernels.decode import MAX_ROWS, UNBOUNDED, DecodeConfig, launch_decode
 from .kernels.layout import Sequences

@@ -239,13 +239,13 @@ def _measured(
 
     import torch
 
-    from .attention import register_profile
     from .autotune.card import card_at_hand
     from .bench.admission import Gate
     from .bench.lab import Lab
     from .bench.record import write
     from .bench.session import Session, header
     from .bench.timing import GpuMeter
+    from .configs import register_profile
     from .profiles.store import ProfileError
 
     try:

@@ -49,9 +49,9 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows for one problem, on the GPU of this process."""
     import torch
 
-    from .attention import register_profile
     from .bench.lab import Lab
     from .bench.timing import GpuMeter
+    from .configs import register_profile
     from .problem import Problem
 
     torch.cuda.set_device(asked["index"])

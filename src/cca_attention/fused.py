@@ -3,87 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .configs import Configs
 from .kernels import hopper
 from .kernels.backward_dkv import launch_backward_dcore, launch_backward_dkv
 from .kernels.backward_dq import launch_backward_dq, launch_delta
 from .kernels.forward import launch_forward
 from .kernels.layout import Sequences, core_gradients_in
 from .kernels.pooling import launch_pooling, launch_pooling_backward
-from .kernels.tunable import Config, Tunable, accumulator_dtype
-from .problem import Problem
+from .kernels.tunable import INTERPRETED as INTERPRETED
+from .kernels.tunable import accumulator_dtype
+from .replay import replayed
 from .spec import CCASpec
-
-INTERPRETED = hopper.INTERPRETED
-"""Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when triton was imported)."""
-
-
-@lru_cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942" and the like; "cpu" for the interpreter."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def problem_of(q: Tensor, k: Tensor, spec: CCASpec) -> Problem:
-    """The problem that tensors q (B, Hq, T, D) and k (B, Hkv, T, D) pose, for the choice of configs."""
-    return _problem(*q.shape, k.shape[1], spec, q.dtype)
-
-
-@lru_cache(maxsize=1024)
-def _problem(
-    batch: int, q_heads: int, seq_len: int, head_dim: int, kv_heads: int, spec: CCASpec, dtype: torch.dtype
-) -> Problem:
-    return Problem(
-        batch=batch,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        seq_len=seq_len,
-        head_dim=head_dim,
-        group_size=spec.group_size,
-        window_size=spec.window_size,
-        core_heads=spec.core_heads,
-        pooling=spec.pooling,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-
-
-class Configs:
-    """The config of each kernel for one problem on one architecture: the schedule's, else the built-in default."""
-
-    def __init__(self, schedule: Mapping[str, Config], problem: Problem, arch: str, *, forced: bool = False) -> None:
-        self._schedule = schedule
-        self._forced = forced
-        self._problem = problem
-        self._arch = arch
-
-    def forces(self, kernel: str) -> bool:
-        """Whether `kernel` is to run where it can, worth it or not: a caller's own schedule names it."""
-        return self._forced and kernel in self._schedule
-
-    def __getitem__(self, kernel: str) -> Any:
-        if kernel in self._schedule:
-            config = self._schedule[kernel]
-            if refusal := config.refusal(self._problem):
-                raise ValueError(f"profile: the {kernel} config cannot run {self._problem}: {refusal}")
-            return config
-        return _built_in(kernel, self._problem, self._arch)
-
-
-@lru_cache(maxsize=4096)
-def _built_in(kernel: str, problem: Problem, arch: str) -> Config:
-    return Tunable.REGISTRY[kernel].default(problem, arch)
 
 
 def emulated(tensor: Tensor) -> bool:
@@ -115,6 +53,33 @@ def forward(
     """
     if emulated(q):
         return _forward_emulated(q, k, v, spec, sequences, configs)
+
+    def run(*_: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _forward(q, k, v, spec, sequences, configs)
+
+    return _again("forward", run, (q, k, v, sequences.table), spec, sequences, configs)
+
+
+Results = TypeVar("Results", bound=tuple[Tensor, ...])
+
+
+def _again(
+    name: str,
+    run: Callable[..., Results],
+    inputs: tuple[Tensor | None, ...],
+    spec: CCASpec,
+    sequences: Sequences,
+    configs: Configs,
+) -> Results:
+    """``run(*inputs)``, which follows from the metadata of its inputs and from the rest, as `replayed` wants it."""
+    if INTERPRETED:
+        return run(*inputs)
+    return cast("Results", replayed((name, spec, sequences.layout, sequences.count, configs.choice), run, inputs))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     k_core, v_core, pool_lse = pool(q, k, v, spec, sequences, configs)
     out, lse = attend(q, k, v, k_core, v_core, spec, sequences, configs)
     return out, lse, k_core, v_core, pool_lse
@@ -206,6 +171,29 @@ def backward(
         dout, wide_q, k, v, out, k_core, v_core = (x.float() for x in (dout, q, k, v, out, k_core, v_core))
         grads = backward(dout, dlse, wide_q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
         return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
+    inputs = (dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, sequences.table)
+
+    def run(*_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
+
+    return _again("backward", run, inputs, spec, sequences, configs)
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k_core: Tensor,
+    v_core: Tensor,
+    pool_lse: Tensor,
+    spec: CCASpec,
+    sequences: Sequences,
+    configs: Configs,
+) -> tuple[Tensor, Tensor, Tensor]:
     if not k_core.shape[2]:
         spec = replace(spec, pooling="mean")  # nothing is pooled, so nothing reaches a query through its weights
     empty = torch.empty_like if sequences.table is None else torch.zeros_like

@@ -71,7 +71,7 @@ class _ConfigTest(pytest.Item):
         """Fail unless the config passes; not run is a kernel of one GPU without that."""
         import torch
 
-        from .fused import architecture
+        from .configs import architecture
         from .kernels.tunable import Tunable
         from .profiles.configs import as_config
         from .verify.gate import check_config

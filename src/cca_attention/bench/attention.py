@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import fused
-from ..attention import cca_attention, configs_for
+from ..attention import cca_attention
+from ..configs import Configs, configs_for
 from ..kernels import eager
 from ..kernels.layout import Sequences
 from ..verify.gate import launches
@@ -63,7 +64,7 @@ class Subject:
         return Tensors(*(torch.randn(shape, device=device, dtype=dtype, generator=generator) for shape in shapes))
 
     @cached_property
-    def _configs(self) -> fused.Configs:
+    def _configs(self) -> Configs:
         return configs_for(self._lab.profile, self._tensors.q, self._tensors.k, self._spec)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..autotune.card import Card
-from ..fused import Configs, architecture
+from ..configs import Configs, architecture
 from ..problem import Problem
 from ..verify.gate import Launched
 from .admission import Gate, kernels_of

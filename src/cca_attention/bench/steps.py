@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..attention import configs_for
 from ..cache import CCACache
+from ..configs import configs_for
 from ..problem import Problem
 from ..verify.gate import launches
 from .lab import Figures, Lab, require

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from .. import cache_op
-from ..attention import register_profile
 from ..cache import CCACache
+from ..configs import register_profile
 from ..spec import CCASpec
 from .settings import Settings
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..attention import register_profile
+from ..configs import register_profile
 from ..problem import check_heads
 from ..spec import CoreHeads, Pooling, check_choice
 from .caches import CCADynamicCache, CCAStaticCache
