@@ -23,8 +23,8 @@ from .stations import Station, spread
 if TYPE_CHECKING:
     from .tune import Tuner
 
-MOST_CHECKERS = 5
-"""Processes that verify at a time, on all GPUs of a machine: each has a context, and up to half a gigabyte."""
+MOST_CHECKERS = 4
+"""Processes that verify at a time, on all GPUs of a machine: each has a context, and up to 0.7 gigabytes."""
 COMPILED_BY, CHECKED_BY = 0.4, 0.6
 """Shares of the budget after which no further config is compiled, and verified, where the rest goes into timing."""
 

@@ -26,16 +26,16 @@ class ProfileWarning(UserWarning):
 class Memory:
     """The resolutions of each problem and device, made by `resolve` when they are asked for first.
 
-    `whose` and `gpu` are for the warning that names the kernels without a usable entry.
+    `who` and `gpu` are for the warning that names the kernels without a usable entry: "... does not serve", and the GPU.
     """
 
     def __init__(
         self,
         resolve: Callable[[Problem, torch.device | None], Mapping[str, Resolution]],
-        whose: str,
+        who: str,
         gpu: str | None,
     ) -> None:
-        self._resolve, self._whose, self._gpu = resolve, whose, gpu
+        self._resolve, self._who, self._gpu = resolve, who, gpu
         self._resolutions: dict[Key, Mapping[str, Resolution]] = {}
         self._schedules: dict[Key, Schedule] = {}
 
@@ -61,7 +61,7 @@ class Memory:
         resolutions = self.resolutions(problem, device).values()
         unserved = [f"{r.kernel} ({'; '.join(r.reasons)})" for r in resolutions if r.entry is None and r.reasons]
         if unserved and self._gpu is not None:
-            text = f"{self._whose} does not serve {', '.join(unserved)}: built-in configs are used"
+            text = f"{self._who} {', '.join(unserved)}: built-in configs are used"
             warnings.warn(f"{text}; to tune them: {tune_command(self._gpu, problem)}", ProfileWarning, stacklevel=5)
         return Schedule({r.kernel: r.config for r in resolutions if r.entry is not None})
 

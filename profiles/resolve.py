@@ -52,8 +52,8 @@ class AutoProfile:
     def _memory(self, device: torch.device | None) -> Memory:
         if device not in self._memories:
             live = live_device(device)
-            whose, gpu = ("no GPU", None) if live is None else (f"no profile for {live.name}", live.name)
-            self._memories[device] = Memory(self._resolve, whose, gpu)
+            who, gpu = ("no GPU serves", None) if live is None else (f"no profile for {live.name} serves", live.name)
+            self._memories[device] = Memory(self._resolve, who, gpu)
         return self._memories[device]
 
     def _resolve(self, problem: Problem, device: torch.device | None) -> dict[str, Resolution]:

@@ -236,7 +236,7 @@ class Profile(Head):
     def memory(self) -> Memory:
         """What has been looked up."""
         name = self.device.name
-        return Memory(self._resolve, f"the profile of {name}", None if self._mode == "off" else name)
+        return Memory(self._resolve, f"the profile of {name} does not serve", None if self._mode == "off" else name)
 
     def _resolve(self, problem: Problem, device: torch.device | None) -> dict[str, Resolution]:
         live = live_device(device)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cca_attention import CCASpec
+from cca_attention import CCASpec, fused
 from cca_attention.bench import peers, samples
 from cca_attention.bench.plan import BOTH, DECODE, FORWARD, MEMORY, POOLING, SUITES, UNORDERED, Options, cases
 from cca_attention.bench.samples import Pass
@@ -142,15 +142,19 @@ def test_a_nan_is_over_every_bound() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("core_heads", ["query", "kv"])
-def test_flex_attention_is_asked_for_the_same_function(core_heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("core_heads", "tokens"), [("query", 37), ("kv", 37), ("query", 9)])
+def test_flex_attention_is_asked_for_the_same_function(
+    core_heads: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Uncompiled here: FlexAttention's own definition of what its compiled kernel computes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    problem = replace(TINY, core_heads=core_heads, dtype="float32")
-    shapes = [(2, heads, 37, 16) for heads in (4, 2, 2)]
+    problem = replace(TINY, core_heads=core_heads, dtype="float32", seq_len=tokens)
+    shapes = [(2, heads, tokens, 16) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(s, generator=torch.Generator().manual_seed(n)) for n, s in enumerate(shapes))
     k_core, v_core = reference.pool(q, k, v, group_size=4, core_heads=core_heads)
-    out = peers.flex(problem, k_core.float(), v_core.float())(q, k, v)
+    pooled = fused.groups_to_pool(problem.spec, tokens)
+    assert bool(pooled) == (tokens == 37)
+    out = peers.flex(problem, k_core[:, :, :pooled].float(), v_core[:, :, :pooled].float())(q, k, v)
     found = compare("out", out, ErrorModel(q, k, v, problem.spec, torch.float32).out)
     assert found.ok, found
 

@@ -73,7 +73,7 @@ def test_auto_without_a_profile_is_built_in_with_one_warning(files: Path) -> Non
     put(files, "coarse.yaml", **{"group_size:__16": "group_size: 8"})
     auto = AutoProfile()
     with pytest.warns(
-        ProfileWarning, match=r"no profile for NVIDIA A100.*does not serve .*cca-tune --gpu 'NVIDIA A100"
+        ProfileWarning, match=r"no profile for NVIDIA A100.* serves .*cca-tune --gpu 'NVIDIA A100"
     ):
         assert len(auto.schedule(PROBLEM, GPU)) == 0
     with warnings.catch_warnings():

@@ -48,7 +48,7 @@ def flex(problem: Problem, k_core: Tensor, v_core: Tensor) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     spec, tokens = problem.spec, problem.seq_len
-    groups, g, w = spec.num_groups(tokens), spec.group_size, spec.window_size
+    groups, g, w = k_core.shape[2], spec.group_size, spec.window_size
 
     def visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         pooled = (row + 1 - w).clamp(min=0) // g
