@@ -26,7 +26,7 @@ class ProfileWarning(UserWarning):
 class Memory:
     """The resolutions of each problem and device, made by `resolve` when they are asked for first.
 
-    `who` and `gpu` are for the warning that names the kernels without a usable entry: "... does not serve", and the GPU.
+    `who` and `gpu` are for the warning that names the kernels without a usable entry: "... serves", and the GPU.
     """
 
     def __init__(

@@ -72,9 +72,7 @@ def test_auto_goes_on_to_the_next_profile_for_what_the_first_lacks(files: Path) 
 def test_auto_without_a_profile_is_built_in_with_one_warning(files: Path) -> None:
     put(files, "coarse.yaml", **{"group_size:__16": "group_size: 8"})
     auto = AutoProfile()
-    with pytest.warns(
-        ProfileWarning, match=r"no profile for NVIDIA A100.* serves .*cca-tune --gpu 'NVIDIA A100"
-    ):
+    with pytest.warns(ProfileWarning, match=r"no profile for NVIDIA A100.* serves .*cca-tune --gpu 'NVIDIA A100"):
         assert len(auto.schedule(PROBLEM, GPU)) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
