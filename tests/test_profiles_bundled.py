@@ -66,7 +66,7 @@ def first_look_up(gpu: str, empty: Path) -> tuple[str, list[str], list[str], lis
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("gpu", ["b200", "a100-80gb"])
+@pytest.mark.parametrize("gpu", ["h200", "b200", "a100-80gb"])
 def test_a_first_look_up_opens_one_file_and_validates_one_entry_of_a_kernel(gpu: str, tmp_path: Path) -> None:
     file, opened, validated, served, seconds = first_look_up(gpu, tmp_path)
     assert [path for path in opened if not path.startswith("/proc/")] == [file]

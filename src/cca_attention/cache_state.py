@@ -66,10 +66,10 @@ class CacheState:
         return sum(x.numel() * x.element_size() for x in (self.core, self.raw, self.seen))
 
     def grow(self, cores: int) -> None:
-        """Make room for `cores` core tokens, or twice as many as before."""
+        """Make room for `cores` core tokens; where that takes more storage, for a quarter of them on top."""
         if cores > (held := self.core.shape[3]):
             old, shape = self.core, list(self.core.shape)
-            shape[3] = max(cores, 2 * held)
+            shape[3] = cores + cores // 4
             self.core = old.new_zeros(shape)
             self.core[:, :, :, :held] = old
             self._decode_config = None
