@@ -53,33 +53,28 @@ def forward(
     """
     if emulated(q):
         return _forward_emulated(q, k, v, spec, sequences, configs)
-
-    def run(*_: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _forward(q, k, v, spec, sequences, configs)
-
-    return _again("forward", run, (q, k, v, sequences.table), spec, sequences, configs)
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor, Tensor]", _again(_forward, (q, k, v), spec, sequences, configs))
 
 
-Results = TypeVar("Results", bound=tuple[Tensor, ...])
+Pass = Callable[[tuple[Any, ...], CCASpec, Sequences, Configs], tuple[Tensor, ...]]
 
 
 def _again(
-    name: str,
-    run: Callable[..., Results],
-    inputs: tuple[Tensor | None, ...],
-    spec: CCASpec,
-    sequences: Sequences,
-    configs: Configs,
-) -> Results:
-    """``run(*inputs)``, which follows from the metadata of its inputs and from the rest, as `replayed` wants it."""
-    if INTERPRETED:
-        return run(*inputs)
-    return cast("Results", replayed((name, spec, sequences.layout, sequences.count, configs.choice), run, inputs))
+    function: Pass, tensors: tuple[Tensor | None, ...], spec: CCASpec, sequences: Sequences, configs: Configs
+) -> tuple[Tensor, ...]:
+    """``function(tensors, spec, sequences, configs)``, which makes tensors and launches kernels, and nothing else."""
+
+    def run(*_: Tensor | None) -> tuple[Tensor, ...]:
+        return function(tensors, spec, sequences, configs)
+
+    what = (function, spec, sequences.layout, sequences.count, configs.choice)
+    return run() if INTERPRETED else replayed(what, run, (*tensors, sequences.table))
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: CCASpec, sequences: Sequences, configs: Configs
+    tensors: tuple[Any, ...], spec: CCASpec, sequences: Sequences, configs: Configs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = tensors
     k_core, v_core, pool_lse = pool(q, k, v, spec, sequences, configs)
     out, lse = attend(q, k, v, k_core, v_core, spec, sequences, configs)
     return out, lse, k_core, v_core, pool_lse
@@ -171,29 +166,14 @@ def backward(
         dout, wide_q, k, v, out, k_core, v_core = (x.float() for x in (dout, q, k, v, out, k_core, v_core))
         grads = backward(dout, dlse, wide_q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
         return grads[0].to(q.dtype), grads[1].to(q.dtype), grads[2].to(q.dtype)
-    inputs = (dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, sequences.table)
-
-    def run(*_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse, spec, sequences, configs)
-
-    return _again("backward", run, inputs, spec, sequences, configs)
+    tensors = (dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse)
+    return cast("tuple[Tensor, Tensor, Tensor]", _again(_backward, tensors, spec, sequences, configs))
 
 
 def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    k_core: Tensor,
-    v_core: Tensor,
-    pool_lse: Tensor,
-    spec: CCASpec,
-    sequences: Sequences,
-    configs: Configs,
+    tensors: tuple[Any, ...], spec: CCASpec, sequences: Sequences, configs: Configs
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dout, dlse, q, k, v, out, lse, k_core, v_core, pool_lse = tensors
     if not k_core.shape[2]:
         spec = replace(spec, pooling="mean")  # nothing is pooled, so nothing reaches a query through its weights
     empty = torch.empty_like if sequences.table is None else torch.zeros_like
@@ -211,8 +191,8 @@ def _backward(
             q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq,
             config=configs["pooling_backward"], **call,
         )  # fmt: skip
-    tensors = (q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv)
-    token_gradients(tensors, spec, sequences, configs)
+    raw = (q, k, v, dout, lse, delta, dk_core, dv_core, pool_lse, pool_delta, dk, dv)
+    token_gradients(raw, spec, sequences, configs)
     query_gradients((q, k, v, *some_cores(k, k_core, v_core), dout, lse, delta, dq), spec, sequences, configs)
     return dq, dk, dv
 

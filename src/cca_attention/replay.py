@@ -32,7 +32,9 @@ REMEMBERED = 1024
 _recording = threading.Lock()
 
 
-def replayed(what: Any, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]) -> Any:
+def replayed(
+    what: Any, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
     """``function(*inputs)``, from the third like call on without calling `function`.
 
     Args:
@@ -74,7 +76,9 @@ def _described(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
 
 
-def _record(key: Any, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]) -> Any:
+def _record(
+    key: Any, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
     with _Allocations() as made, NOTES.noting() as launches:
         results = function(*inputs)
     if any(compiled is None for _, compiled, *_ in launches):  # watched, this time
