@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import toy_jobs
 import triton
 
 from cca_attention.autotune.binary import Resources
-from cca_attention.autotune.compile import Sketch, aim, compile_config, sketch, target_of
+from cca_attention.autotune.compile import META, Sketch, aim, compile_config, sketch, target_of
 from cca_attention.autotune.jobs import spent
 from cca_attention.autotune.pool import Pool, Renew, no_renewal
 from cca_attention.autotune.worker import Done, Failed, Job, Process
+from cca_attention.kernels import decode
 from cca_attention.problem import Problem
 from cca_attention.profiles.configs import tunables
 
@@ -136,6 +138,19 @@ def test_decode_is_compiled_as_it_is_launched_where_launches_overlap() -> None:
         assert isinstance(drawn, Done), drawn
         keys[arch] = drawn.value[0].key
     assert keys["sm_80"] == keys["sm_86"] != keys["sm_90"]
+
+
+@pytest.mark.parametrize(("batch", "early"), [(1, 2), (64, 1)])
+def test_the_merge_begins_with_attending_where_few_programs_attend(
+    batch: int, early: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(decode, "enqueue", lambda kernel, grid, *args, **constants: asked.append(constants))
+    monkeypatch.setattr(decode, "_can_start_early", lambda: True)
+    problem = replace(PROBLEM, batch=batch)
+    kernel = tunables("sm_90")["decode"]
+    kernel.launch(problem, kernel.allocate(problem, META, None), kernel.default(problem, "sm_90"))
+    assert [(constants["EARLY"], constants["launch_pdl"]) for constants in asked] == [(early, True)] * 2
 
 
 @pytest.mark.parametrize(("arch", "backend", "threads"), [("sm_100", "cuda", 32), ("gfx942", "hip", 64)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,34 @@ def test_what_triton_would_compile_anew_goes_to_triton(change: str, calls: list[
         enqueue(kernel, (1, 1, 1), x, strides, size, BLOCK=block, num_warps=warps)
     enqueue(Kernel(calls), (1, 1, 1), usual["x"], (4, 1), 7, BLOCK=16, num_warps=4)  # another kernel
     assert [who for who, *_ in calls] == ["triton", "triton", "triton"]
+
+
+@dataclass
+class Descriptor:
+    """What `TensorDescriptor` has."""
+
+    base: Tensor
+    shape: tuple[int, ...] = (4, 4)
+    strides: tuple[int, ...] = (4, 1)
+    block_shape: tuple[int, ...] = (2, 4)
+
+
+OTHER_DESCRIPTORS = [
+    {"shape": (3, 4)},
+    {"strides": (8, 1)},
+    {"block_shape": (4, 4)},
+    {"base": aligned(dtype=torch.float16)},
+]
+
+
+def test_descriptors_are_the_same_if_all_but_their_memory_is(calls: list[Call]) -> None:
+    kernel = Kernel(calls)
+    for descriptor in (Descriptor(aligned()), Descriptor(aligned())):
+        enqueue(kernel, (1, 1, 1), descriptor, (4, 1), 7, BLOCK=16)
+    assert [who for who, *_ in calls] == ["triton", "again"]
+    for change in OTHER_DESCRIPTORS:
+        enqueue(kernel, (1, 1, 1), replace(Descriptor(aligned()), **change), (4, 1), 7, BLOCK=16)
+    assert [who for who, *_ in calls[2:]] == ["triton"] * len(OTHER_DESCRIPTORS)
 
 
 def test_constants_of_other_names_are_others(calls: list[Call]) -> None:
