@@ -288,9 +288,9 @@ def default_config(problem: Problem, arch: str) -> DecodeConfig:
     """A config that runs `problem` on every supported GPU.
 
     It does not depend on the batch, so that a row's bits do not either: the cores of a row alone are worth about 160
-    programs, and a program of raw tokens has no more keys than one of cores, at `seq_len` tokens. A tile of keys takes
-    at most 16 KiB. Two warps do for 16-bit tiles of few queries; with all query heads' cores four are as fast. The
-    interpreter runs one program at a time.
+    programs, and a program of raw tokens has about as many keys as one of cores, at `seq_len` tokens. A tile of keys
+    takes at most 16 KiB. Two warps do for 16-bit tiles of few queries; with all query heads' cores four are as fast.
+    The interpreter runs one program at a time.
     """
     if arch == "cpu":
         return DecodeConfig(block_k=32, splits_core=2, splits_raw=1)
@@ -300,7 +300,7 @@ def default_config(problem: Problem, arch: str) -> DecodeConfig:
     return DecodeConfig(
         block_k=max(16, min(64, 2**14 // (padded_dim(problem.head_dim) * problem.element_bytes))),
         splits_core=splits_core,
-        splits_raw=min(8, max(2, -(-problem.spec.max_local_tokens() // share))),
+        splits_raw=min(8, max(2, round(problem.spec.max_local_tokens() / share))),
         num_warps=2 if nvidia and few_queries and problem.core_heads == "kv" and problem.element_bytes == 2 else 4,
         num_stages=3 if nvidia else 2,
     )

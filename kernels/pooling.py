@@ -37,6 +37,15 @@ def load_groups(head_ptr, stride, tokens, inside, head_dim, BLOCK_D: tl.constexp
     return tl.load(pointers, mask=inside[:, :, None] & (offs_d < head_dim), other=0.0)
 
 
+@triton.jit
+def side_by_side(program, kv_head, cores_per_kv):
+    """(tile, core head) of a program: the core heads of a key/value head take each tile one after the other.
+
+    Its keys and values then come from device memory once; head after head, those of long sequences leave the L2 cache.
+    """
+    return program // cores_per_kv, kv_head * cores_per_kv + program % cores_per_kv
+
+
 # fmt: off
 @triton.jit
 def pooling_kernel(
@@ -48,16 +57,16 @@ def pooling_kernel(
 ):
     # fmt: on
     """Pool BLOCK_C groups of one core head; a group longer than BLOCK_T goes through an online softmax."""
-    core_head, batch = tl.program_id(1), tl.program_id(2)
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
     num_seqs, seq_len, cores_per_kv, q_per_core = sizes
+    tile, core_head = side_by_side(tl.program_id(0), kv_head, cores_per_kv)
     q_base, k_base, begin, length, tile = locate(
-        tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
+        tile, batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
     )
     offs_c = begin // GROUP_SIZE + tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < length // GROUP_SIZE
     offs_d, offs_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
     wide = pool_lse_ptr.dtype.element_ty
-    kv_head = core_head // cores_per_kv
     k_head = k_ptr + offset((batch, kv_head), k_strides)
     v_head = v_ptr + offset((batch, kv_head), v_strides)
     if not MEAN:
@@ -106,10 +115,11 @@ def pooling_backward_kernel(
     Writes pool_delta[c] = sum_t a_t da_t, and scale * sum_t ds_t k_t, shared out over the query heads that scored the
     group, into the rows of its last query in dq, which backward_dq_kernel adds to.
     """
-    core_head, batch = tl.program_id(1), tl.program_id(2)
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
     num_seqs, seq_len, cores_per_kv, q_per_core, head_dim = sizes
+    tile, core_head = side_by_side(tl.program_id(0), kv_head, cores_per_kv)
     q_base, k_base, _, length, tile = locate(
-        tl.program_id(0), batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
+        tile, batch, table_ptr, num_seqs, seq_len, BLOCK_C * GROUP_SIZE, LAYOUT
     )
     offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < length // GROUP_SIZE
@@ -135,7 +145,6 @@ def pooling_backward_kernel(
     rest = tl.zeros([BLOCK_C], wide)
     dq = tl.zeros([BLOCK_C, BLOCK_D], wide)
     pooled = tl.zeros([BLOCK_C, BLOCK_D], wide)
-    kv_head = core_head // cores_per_kv
     k_head = k_ptr + offset((batch, kv_head), k_strides)
     v_head = v_ptr + offset((batch, kv_head), v_strides)
     for start in range(0, GROUP_SIZE, BLOCK_T):
@@ -193,12 +202,16 @@ def default_config(problem: Problem, arch: str) -> PoolingConfig:
     return PoolingConfig(block_c=max(1, most), block_t=block_t, num_warps=2, num_stages=1)
 
 
-def pooling_grid(q: Tensor, k_core: Tensor, sequences: Sequences, spec: CCASpec, block_c: int) -> tuple[int, int, int]:
-    """(tiles of groups, core heads, batch); a chunk can complete one group more than its tokens alone would."""
-    batch, core_heads = k_core.shape[:2]
+def pooling_grid(
+    q: Tensor, k: Tensor, k_core: Tensor, sequences: Sequences, spec: CCASpec, block_c: int
+) -> tuple[int, int, int]:
+    """(tiles of each core head of a key/value head, key/value heads, batch).
+
+    A chunk can complete one group more than its tokens alone would.
+    """
     tokens = q.shape[2] if sequences.is_packed else q.shape[2] + spec.group_size - 1
     tiles = tiles_to_launch(tokens, sequences.count, block_c * spec.group_size, sequences.is_packed)
-    return tiles, core_heads, batch
+    return tiles * (k_core.shape[1] // k.shape[1]), k.shape[1], k.shape[0]
 
 
 def launch_pooling(
@@ -227,7 +240,7 @@ def launch_pooling(
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
     enqueue(
-        pooling_kernel, pooling_grid(q, k_core, sequences, spec, config.block_c),
+        pooling_kernel, pooling_grid(q, k, k_core, sequences, spec, config.block_c),
         q, k, v, k_core, v_core, pool_lse, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), pool_lse.stride(),
         (sequences.count, q.shape[2], core_heads // kv_heads, q.shape[1] // core_heads),
@@ -269,7 +282,7 @@ def launch_pooling_backward(
     config = config.effective(spec)
     kv_heads, core_heads = k.shape[1], k_core.shape[1]
     enqueue(
-        pooling_backward_kernel, pooling_grid(q, k_core, sequences, spec, config.block_c),
+        pooling_backward_kernel, pooling_grid(q, k, k_core, sequences, spec, config.block_c),
         q, k, v, k_core, v_core, dk_core, dv_core, pool_lse, pool_delta, dq, sequences.table,
         q.stride(), k.stride(), v.stride(), k_core.stride(), grad_strides, pool_lse.stride(), dq.stride(),
         (sequences.count, q.shape[2], core_heads // kv_heads, q.shape[1] // core_heads, q.shape[3]),

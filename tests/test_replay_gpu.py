@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cca_attention import cca_attention, replay
+from cca_attention import CCACache, CCASpec, cca_attention, replay
 
 CALLS: dict[str, dict[str, Any]] = {
     "no core": {"tokens": 96},
@@ -60,3 +60,36 @@ def test_attention_done_again_has_the_bits_of_attention_done_anew(name: str) -> 
     for seed in range(5):
         for first, second in zip(anew[seed], again[seed], strict=True):
             assert torch.equal(first, second) and not first.isnan().any()
+
+
+STATES: dict[str, dict[str, Any]] = {
+    "growing": {},
+    "of a fixed size": {"max_tokens": 700},
+    "cores of kv heads, rows": {"core_heads": "kv", "batch": 3},
+    "float32": {"dtype": torch.float32},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STATES)
+def test_decode_steps_done_again_have_the_bits_of_steps_done_anew(name: str) -> None:
+    options = {"batch": 1, "dtype": torch.bfloat16, "core_heads": "query"} | STATES[name]
+    spec = CCASpec(16, 128, core_heads=options.pop("core_heads"))
+
+    def results(anew: bool) -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        cache = CCACache(spec, q_heads=4, kv_heads=2, head_dim=128, device="cuda", **options)
+        outs = []
+        for tokens in (300, *[1] * 200):
+            if anew:
+                replay.forget()
+            shapes = [(options["batch"], tokens, heads, 128) for heads in (4, 2, 2)]
+            new = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
+            q, k, v = (x.to(options["dtype"]).transpose(1, 2) for x in new)
+            outs.append(cache.decode(q, k, v) if tokens == 1 else cache.prefill(q, k, v))
+        return [*outs, cache.k_core.clone(), cache.v_core.clone(), cache.lengths]
+
+    anew, again = results(True), results(False)
+    assert not replay.GIVEN_UP and any(replay.KNOWN.values())
+    for first, second in zip(anew, again, strict=True):
+        assert torch.equal(first, second) and not first.isnan().any()

@@ -110,9 +110,9 @@ FORWARD: dict[str, Mutant] = {
         Patch(
             POOLING,
             "mask_c = offs_c < length // GROUP_SIZE\n    offs_d, offs_t = tl.arange(0, BLOCK_D), "
-            "tl.arange(0, BLOCK_T)\n    wide = pool_lse_ptr.dtype.element_ty\n    kv_head",
+            "tl.arange(0, BLOCK_T)\n    wide = pool_lse_ptr.dtype.element_ty\n    k_head",
             "mask_c = offs_c < length // GROUP_SIZE - 1\n    offs_d, offs_t = tl.arange(0, BLOCK_D), "
-            "tl.arange(0, BLOCK_T)\n    wide = pool_lse_ptr.dtype.element_ty\n    kv_head",
+            "tl.arange(0, BLOCK_T)\n    wide = pool_lse_ptr.dtype.element_ty\n    k_head",
         ),
         check="forward_equals_oracle",
         case=small(window_size=1),

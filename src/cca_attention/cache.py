@@ -244,7 +244,7 @@ class CCACache:
 
     def _stored(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self._state.dtype
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+        return (q, k, v) if dtype == q.dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
 
     def _real_tokens(self, tokens: int, seq_bounds: Tensor) -> list[int]:
         """Real tokens of each row of a padded chunk."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from .kernels.decode import MAX_ROWS, UNBOUNDED, DecodeConfig, launch_decode
 from .kernels.layout import Sequences
 from .kernels.pooling import launch_pooling
 from .kernels.tunable import accumulator_dtype
+from .replay import replayed
 from .spec import CCASpec
 
 
@@ -92,11 +96,9 @@ class CacheState:
             most = self.max_tokens or max(1, self.core.shape[3] * self.spec.group_size)
             like = q[:, :, :1].expand(-1, -1, most, -1)
             self._decode_config = configs_for(self.profile, like, k, self.spec)["decode"]
-        out = torch.empty_like(q)
-        launch_decode(
-            q, k, v, out, self.core[0], self.core[1], self.raw[0], self.raw[1], self.seen, self.seen,
-            spec=self.spec, config=self._decode_config, max_tokens=self.max_tokens or UNBOUNDED,
-        )  # fmt: skip
+        how: dict[str, Any] = {"spec": self.spec, "config": self._decode_config}
+        how["max_tokens"] = self.max_tokens or UNBOUNDED
+        (out,) = replayed((_step, *how.values()), partial(_step, how), (q, k, v, self.core, self.raw, self.seen))
         return out
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,3 +185,12 @@ class CacheState:
                 q[rows, :, start:stop], core[0], core[1], keys[0], keys[1], self.spec, q_first=seen, k_first=oldest
             )[0]
         return out
+
+
+def _step(
+    how: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, core: Tensor, raw: Tensor, seen: Tensor
+) -> tuple[Tensor]:
+    """What the queries of a few new tokens see, which are appended; `how` is for `launch_decode`."""
+    out = torch.empty_like(q)
+    launch_decode(q, k, v, out, core[0], core[1], raw[0], raw[1], seen, seen, **how)
+    return (out,)

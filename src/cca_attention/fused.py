@@ -68,7 +68,7 @@ def _again(
         return function(tensors, spec, sequences, configs)
 
     what = (function, spec, sequences.layout, sequences.count, configs.choice)
-    return run() if INTERPRETED else replayed(what, run, (*tensors, sequences.table))
+    return replayed(what, run, (*tensors, sequences.table))
 
 
 def _forward(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from .kernels.enqueue import NOTES, Launch, is_watched
+from .kernels.tunable import INTERPRETED
 
 ATEN = torch.ops.aten
 EMPTY = {ATEN.empty.memory_format, ATEN.empty_like.default, ATEN.new_empty.default, ATEN.empty_strided.default}
@@ -35,15 +36,17 @@ _recording = threading.Lock()
 def replayed(
     what: Any, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
-    """``function(*inputs)``, from the third like call on without calling `function`.
+    """``function(*inputs)``, from the third like call on without calling `function`, unless kernels are interpreted.
 
     Args:
         what: all that `function` depends on apart from its inputs; hashable.
-        function: makes new tensors and launches kernels by `enqueue`, and does nothing else to any tensor; what it
-            does depends on the metadata of its inputs only. It returns some of the tensors that it made. Should it do
-            anything else on a call that is recorded, it is called every time.
+        function: makes new tensors and launches kernels by `enqueue` on these and on its inputs or views of them, and
+            does nothing else to any tensor; what it does depends on the metadata of its inputs only. It returns some of
+            the tensors that it made. Should it do anything else on a call that is recorded, it is called every time.
         inputs: CUDA tensors of one device, or None.
     """
+    if INTERPRETED:
+        return function(*inputs)
     key = (what, _order(inputs), inputs[0].device, *map(_described, inputs))  # type: ignore[union-attr]
     known = KNOWN.get(key)
     if known is not None and not any(map(is_watched, known.kernels)):
@@ -191,10 +194,15 @@ def _source(x: Tensor, inputs: tuple[Tensor | None, ...], new: list[Tensor]) -> 
             return i, 0
     if not x.numel():
         return -1, 0
-    for i, other in enumerate(new):
-        if other.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-            return len(inputs) + i, x.data_ptr() - other.data_ptr()
-    raise _NotReplayable("a kernel was launched on a tensor that is neither an input nor new")
+    where = x.untyped_storage().data_ptr()
+    holders = [
+        (i, other) for i, other in enumerate((*inputs, *new))
+        if other is not None and other.untyped_storage().data_ptr() == where
+    ]  # fmt: skip
+    if len(holders) != 1:  # the next call's inputs may share their memory in another way
+        raise _NotReplayable(f"a kernel was launched on memory of {len(holders)} of the inputs and new tensors")
+    ((i, other),) = holders
+    return i, x.data_ptr() - other.data_ptr()
 
 
 def _without_tensor(arg: Any, tensor: Tensor) -> Any:

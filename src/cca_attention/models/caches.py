@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from .. import cache_op
 from ..cache import CCACache
+from ..cache_state import CacheState
 from ..configs import register_profile
 from ..spec import CCASpec
 from .settings import Settings
@@ -93,6 +94,7 @@ class _StaticLayer(_Layer):
         self.first, self.counts = first, first is None  # one kernel a step that counts, in place of one a layer
         self.length, self.empty = torch.zeros((), dtype=torch.int64), True  # empty: as far as the host knows
         self.storage: list[Tensor] = []
+        self.state: CacheState | None = None  # on this storage
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = key_states.shape[0], self.q_heads, key_states.shape[1], key_states.shape[3]
@@ -105,8 +107,13 @@ class _StaticLayer(_Layer):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: CCASpec, bounds: Tensor | None) -> Tensor:
         how: dict[str, Any] = {"max_tokens": self.max_cache_len, "profile": register_profile(self.settings.profile)}
-        how["empty"], self.empty = self.empty, False
-        return cache_op.append(query, key, value, bounds, self.storage, spec, **how)
+        empty, self.empty = self.empty, False
+        if torch.compiler.is_compiling():
+            return cache_op.append(query, key, value, bounds, self.storage, spec, **how, empty=empty)
+        if self.state is None or self.state.spec != spec:
+            shape = query.shape[0], query.shape[1], key.shape[1], query.shape[3]
+            self.state = cache_op.state_on(self.storage, spec, shape, query.dtype, **how)
+        return cache_op.advance(self.state, query, key, value, bounds, empty=empty)
 
     def get_max_length(self) -> int:
         return self.max_cache_len
