@@ -6,7 +6,9 @@ Imported only where the extra `ray` is asked for. Every machine has this package
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import ray
@@ -18,6 +20,8 @@ from .pool import Pool, Renew, no_renewal
 from .worker import Done, Failed, Job, attempt
 
 FIND_LIMIT_S = 120.0
+GIVEN_BACK_S = 5.0
+"""How long a GPU may take to be free whose process has ended."""
 
 
 def connect(address: str) -> None:
@@ -36,6 +40,7 @@ def connect(address: str) -> None:
 def leave() -> None:
     """End what was joined or started."""
     ray.shutdown()
+    cluster_cards.cache_clear()
 
 
 def cores() -> int:
@@ -117,8 +122,14 @@ def take_alike(kind: str) -> None:
 
 
 def describe() -> HostCard:
-    """The GPU that Ray gave this process."""
-    return cards_here()[0]
+    """The GPU that Ray gave this process.
+
+    Raises:
+        LookupError: if PyTorch sees none.
+    """
+    if not (cards := cards_here()):
+        raise LookupError("PyTorch sees no GPU in the process that Ray gave one")
+    return cards[0]
 
 
 def state_of(pool: RayPool) -> CardState | None:
@@ -132,10 +143,22 @@ def _state() -> CardState | None:
     return None if card is None else card.state()
 
 
+def _free_gpus() -> int:
+    """GPUs of the cluster that nobody has; those that somebody has just given back are waited for."""
+    total, until = int(ray.cluster_resources().get("GPU", 0)), time.monotonic() + GIVEN_BACK_S
+    while (free := int(ray.available_resources().get("GPU", 0))) < total and time.monotonic() < until:
+        time.sleep(0.1)
+    return free
+
+
+@cache
 def cluster_cards() -> tuple[HostCard, ...]:
-    """Every GPU of the cluster that is free; their handles are their kinds, for `take_alike`."""
-    count = int(ray.available_resources().get("GPU", 0))
-    if not count:
+    """Every GPU of the cluster that is free as this is first called; their handles are their kinds, for `take_alike`.
+
+    Raises:
+        ConnectionError: if there are some and none can be used.
+    """
+    if not (count := _free_gpus()):
         return ()
     workers = [RayWorker(describe, (), 0.0, 1.0) for _ in range(count)]
     ready, _ = ray.wait([worker.ref for worker in workers], num_returns=count, timeout=FIND_LIMIT_S)
@@ -143,4 +166,7 @@ def cluster_cards() -> tuple[HostCard, ...]:
     for worker in workers:
         worker.kill()
     cards = [outcome.value for outcome in found if isinstance(outcome, Done)]
+    if not cards:
+        why = {outcome.message for outcome in found if isinstance(outcome, Failed)} or {"none answers"}
+        raise ConnectionError(f"none of the {count} GPUs of the Ray cluster can be used: {'; '.join(sorted(why))}")
     return tuple(HostCard(index, card.name, card.kind, card.kind) for index, card in enumerate(cards))

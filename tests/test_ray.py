@@ -7,14 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_jobs
+from toy_runs import request_for
 
 from cca_attention import cli
+from cca_attention.autotune import workshop
+from cca_attention.autotune.host import HostCard
+from cca_attention.autotune.journal import Journal
 from cca_attention.autotune.pool import LostError
+from cca_attention.autotune.progress import plan
+from cca_attention.autotune.tune import Tuner
 from cca_attention.autotune.worker import Done, Failed, Job
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -22,13 +30,22 @@ needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray")
 
 
 @pytest.fixture(scope="module")
-def ray_pool() -> Iterator[Any]:
-    """The module, in a cluster of this machine."""
+def joined() -> Iterator[Any]:
+    """The module, in a cluster of this machine that says it had two GPUs."""
     from cca_attention.autotune import ray_pool
 
-    ray_pool.connect("local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.init", partial(ray_pool.ray.init, num_gpus=2))
+        ray_pool.connect("local")
     yield ray_pool
     ray_pool.leave()
+
+
+@pytest.fixture
+def ray_pool(joined: Any) -> Iterator[Any]:
+    """The module, which has not looked for GPUs yet."""
+    yield joined
+    joined.cluster_cards.cache_clear()
 
 
 @needs_ray
@@ -75,8 +92,51 @@ def test_a_pool_that_is_stopped_ends_what_it_does_in_another_thread(ray_pool: An
 
 
 @needs_ray
-def test_a_cluster_without_a_gpu_has_no_cards_and_at_least_one_core(ray_pool: Any) -> None:
+def test_a_cluster_without_a_gpu_has_no_cards_and_at_least_one_core(
+    ray_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2.0})
     assert ray_pool.cluster_cards() == () and ray_pool.cores() >= 1
+
+
+@needs_ray
+def test_gpus_that_cannot_be_used_are_an_error_that_says_why(
+    ray_pool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "connect", lambda address: None)
+    said = "--ray: none of the 2 GPUs of the Ray cluster can be used: LookupError: PyTorch sees no GPU in the process"
+    assert refusal(capsys, "--ray", "local").startswith(said)
+
+
+@needs_ray
+def test_a_run_races_on_every_gpu_of_the_cluster(
+    ray_pool: Any, toy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import toy_cards
+
+    found = HostCard(0, "NVIDIA A100", str(tmp_path / "card"))
+    monkeypatch.setattr(ray_pool, "describe", lambda: found)
+    monkeypatch.setattr(ray_pool, "take_alike", toy_cards.take)
+    used = ray_pool.cluster_cards()
+    assert [(card.index, card.name, card.kind) for card in used] == [(n, found.name, found.kind) for n in (0, 1)]
+    assert ray_pool.cluster_cards() is used, "those that Ray has not got back yet would be missed"
+    monkeypatch.setattr(workshop, "MOST_CHECKERS", 2)
+    lengths = (4096, 8192)
+    request = request_for(
+        toy, tmp_path / "cache", at_hand=True, jobs=2, ray="local", cards=used, sample=toy_cards.sample,
+        recheck=toy.accept,
+    )  # fmt: skip
+    with Journal(request.cache_folder) as journal, workshop.Workshop(request) as staff:
+        requests = [replace(request, problem=replace(request.problem, seq_len=length)) for length in lengths]
+        tuners = [Tuner(each, journal, plan(each), lambda kernel: None) for each in requests]
+        staff.run(tuners)
+    assert [tuner.kernels[0].stage for tuner in tuners] == ["done"] * 2
+    assert sorted(name for station in staff.stations for name in station.done) == sorted(
+        f"toy at {length}" for length in lengths
+    )
+    assert not any(station.lost for station in staff.stations)
+    assert set((tmp_path / "card").read_text().splitlines()) == {f"toy {length}" for length in lengths}
 
 
 @needs_ray

@@ -51,9 +51,9 @@ def cluster(address: str) -> tuple[tuple[HostCard, ...], int]:
         raise Refused('--ray needs Ray; install it with: pip install "cca-attention[ray]"') from error
     try:
         ray_pool.connect(address)
+        return ray_pool.cluster_cards(), ray_pool.cores()
     except ConnectionError as error:
         raise Refused(f"--ray: {error}") from error
-    return ray_pool.cluster_cards(), ray_pool.cores()
 
 
 def first(indices: str | None, ray: str | None) -> str:
