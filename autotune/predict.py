@@ -61,7 +61,7 @@ class PoolingConstants:
     start: float
 
 
-POOLED = PoolingConstants(exchange=0.4388, spill=2.426, start=64.55)
+POOLED = PoolingConstants(exchange=0.4649, spill=1.587, start=88.69)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,6 @@ SWEEP = Path(__file__).parents[1] / "tests" / "data" / "plan_h200.jsonl.gz"
 STEPS = 25
 LEVEL = 0.15
 """How much the time itself counts beside the order of configs."""
-FAST = 1.6
-"""Times the best, beyond which a config of pooling is not fitted to: words that come in conflict take up to thrice as
-long there, which no count of instructions tells."""
 PRIOR = 0.01
 """How much a constant is held where it began, for those that the sweep says nothing of."""
 
@@ -93,8 +90,7 @@ def fit(sweep: Sweep = SWEEP, gpu: Gpu = "h200") -> None:
     for (kernel, _), rows in read_sweep(sweep).items():
         if rows[0].role == "fit":
             kind = "STREAMED" if kernel == "decode" else "POOLED" if kernel.startswith("pooling") else "REUSED"
-            slowest = min(timed.us for timed in rows) * (FAST if kind == "POOLED" else math.inf)
-            kinds[kind].append([timed for timed in rows if timed.us <= slowest])
+            kinds[kind].append(rows)
     for name, begin in (("REUSED", REUSED), ("STREAMED", STREAMED), ("POOLED", POOLED)):
         found = fitted(kinds[name], find_device(gpu), begin)
         typer.echo(f"{name}: " + ", ".join(f"{key}={value:.4g}" for key, value in asdict(found).items()))
