@@ -1,9 +1,11 @@
-"""Ways to run a model's decode step again and again, for whole_model.py: eager, in a CUDA graph, compiled."""
+"""Ways to run a model's decode step again and again, eager, in a CUDA graph or compiled, and how long the steps take."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,6 +78,29 @@ def compiled_step(step: Step, token: Tensor, **how: Any) -> Step:
     for _ in range(4):
         call(token)
     return call
+
+
+def timed(step: Step, token: Tensor, count: int) -> tuple[list[float], Tensor]:
+    """Milliseconds of each of `count` steps, one after the other, and the tokens (count,) that went into them."""
+    made, marks = [token], [_mark(token)]
+    for _ in range(count):
+        made.append(step(made[-1]).argmax(-1))
+        marks.append(_mark(token))
+    if token.is_cuda:
+        torch.cuda.synchronize()
+        times = [first.elapsed_time(last) for first, last in pairwise(marks)]
+    else:
+        times = [(last - first) * 1e3 for first, last in pairwise(marks)]
+    return times, torch.cat(made[:count])[:, 0]
+
+
+def _mark(token: Tensor) -> Any:
+    """Where the device of `token` is now."""
+    if not token.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 DECODINGS: dict[str, Callable[[Step, Tensor], Step]] = {
