@@ -1,4 +1,4 @@
-"""Ways to run a model's decode step again and again, eager, in a CUDA graph or compiled, and how long the steps take."""
+"""Ways to run a model's decode step again and again, eager, in a CUDA graph or compiled, and what each step takes."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ ZERO = {ATEN.zeros.default, ATEN.zeros_like.default}
 FULL = {ATEN.full.default: 1, ATEN.new_full.default: 2}
 """Operators that fill a new tensor, and which argument says with what."""
 
-KNOWN: dict[Any, Replay | None] = {}
-"""By what a call depends on: what it did; None after the first time, and for good where it cannot be done again."""
-GIVEN_UP: set[Any] = set()
+ONCE, NEVER = object(), object()
+KNOWN: dict[Any, Any] = {}
+"""By what a call depends on: the Replay of what it did; ONCE after the first time, NEVER if it cannot be done again."""
 REMEMBERED = 1024
 
 _recording = threading.Lock()
@@ -49,24 +49,24 @@ def replayed(
         return function(*inputs)
     key = (what, _order(inputs), inputs[0].device, *map(_described, inputs))  # type: ignore[union-attr]
     known = KNOWN.get(key)
-    if known is not None and not any(map(is_watched, known.kernels)):
-        return known(inputs)
-    if known is None and key in KNOWN and key not in GIVEN_UP and _recording.acquire(blocking=False):
+    if isinstance(known, Replay):
+        if not any(map(is_watched, known.kernels)):
+            return known(inputs)
+    elif known is None:  # shapes that come once are not worth recording
+        if len(KNOWN) >= REMEMBERED:
+            forget()
+        KNOWN[key] = ONCE
+    elif known is ONCE and _recording.acquire(blocking=False):
         try:
             return _record(key, function, inputs)
         finally:
             _recording.release()
-    if key not in KNOWN:  # shapes that come once are not worth recording
-        if len(KNOWN) >= REMEMBERED:
-            forget()
-        KNOWN[key] = None
     return function(*inputs)
 
 
 def forget() -> None:
     """Call every function again, as those must who replace a kernel or what launches it."""
     KNOWN.clear()
-    GIVEN_UP.clear()
 
 
 def _order(inputs: tuple[Tensor | None, ...]) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def _record(
     try:
         KNOWN[key] = Replay(inputs, made, launches, results)
     except _NotReplayable:
-        GIVEN_UP.add(key)
+        KNOWN[key] = NEVER
     return results
 
 
