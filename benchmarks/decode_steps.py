@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -82,6 +83,7 @@ def compiled_step(step: Step, token: Tensor, **how: Any) -> Step:
 
 def timed(step: Step, token: Tensor, count: int) -> tuple[list[float], Tensor]:
     """Milliseconds of each of `count` steps, one after the other, and the tokens (count,) that went into them."""
+    gc.collect()  # of what was compiled before, or it is done while the clock runs
     made, marks = [token], [_mark(token)]
     for _ in range(count):
         made.append(step(made[-1]).argmax(-1))

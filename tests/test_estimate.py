@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import find_device
 from cca_attention.autotune.estimate import estimated
+from cca_attention.autotune.predict import POOLED, predict
 from cca_attention.autotune.space import certain_shortage
 from cca_attention.autotune.traits import Traits
 from cca_attention.kernels.pooling import PoolingConfig
@@ -45,3 +48,27 @@ def test_a_warp_with_less_than_two_groups_is_expected_to_hand_words_on() -> None
         for c in (2, 4)
     )
     assert few.loop_exchanges > enough.loop_exchanges == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "warps", "head_dim", "dtype", "words"),
+    [
+        (1, 2, 128, "bfloat16", 8),  # 16 lanes have words of a row, 64 bytes apart: two banks
+        (1, 4, 128, "bfloat16", 16),  # 128 bytes apart: one bank
+        (2, 2, 128, "bfloat16", 16),  # 32 lanes, two banks
+        (2, 4, 128, "bfloat16", 32),
+        (4, 4, 128, "bfloat16", 16),  # a warp has two groups, and two warps sum each
+        (1, 2, 64, "bfloat16", 4),
+        (1, 2, 128, "float32", 8),  # 32 lanes, 32 bytes apart: four banks
+    ],
+)
+def test_words_that_are_handed_on_wait_for_others_of_their_bank(
+    groups: int, warps: int, head_dim: int, dtype: str, words: int
+) -> None:
+    problem = replace(PROBLEM, head_dim=head_dim, dtype=dtype)
+    config = PoolingConfig(block_c=groups, block_t=16, num_warps=warps, num_stages=1)
+    launch = Launch("pooling_kernel", (1000, 8, 1), replace(TRAITS, dot_flops=0.0, dot_rows=0))
+    resources = replace(estimated(A100, problem, config, WORK, launch), loop_exchanges=10)
+    found = predict(A100, problem, config, WORK, [(launch, resources)], replace(POOLED, exchange=1.0))
+    clocks = found.parts["exchange_us"] * A100.sm_count * A100.clock_mhz
+    assert clocks == pytest.approx(10 * words * warps * launch.programs), "a group of 16 tokens is one pass"

@@ -99,6 +99,7 @@ class _StaticLayer(_Layer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = key_states.shape[0], self.q_heads, key_states.shape[1], key_states.shape[3]
         self.storage = cache_op.new_storage(self.settings.spec(), shape, key_states, self.max_cache_len)
+        self.state = None
         self.length = self.first.length if self.first else self.length.to(key_states.device)
         if not torch.compiler.is_compiling():
             for tensor in (*self.storage, self.length):
