@@ -206,8 +206,8 @@ def test_default_config_is_legal_and_blind_to_the_batch() -> None:
         assert config == default_config(replace(p, batch=64), arch)
 
 
-@pytest.mark.parametrize(("seq_len", "splits_raw"), [(8192, 8), (32768, 5), (131072, 2)])
-def test_raw_tokens_are_shared_out_as_finely_as_cores(seq_len: int, splits_raw: int) -> None:
+@pytest.mark.parametrize(("seq_len", "splits_raw"), [(8192, 8), (32768, 4), (65536, 2), (131072, 2)])
+def test_raw_tokens_are_shared_out_about_as_finely_as_cores(seq_len: int, splits_raw: int) -> None:
     p = Problem(q_heads=32, kv_heads=8, seq_len=seq_len, head_dim=128, group_size=16, window_size=1024)
     config = default_config(p, "sm_90")
     assert (config.splits_core, config.splits_raw) == (8, splits_raw)
