@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -16,6 +17,11 @@ OPERATION = re.compile(r"^(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 LOCAL = re.compile(r"\b(?:LDL|STL)(?:\.(64|128))?")
 EXCHANGE = re.compile(r"\b(?:LDS|STS)(?!\.(?:64|128))\b")
+DEALT_OUT = re.compile(
+    r"sizePerThread = \[\d+, \d+, (\d+)\], threadsPerWarp = \[(\d+), \d+, (\d+)\], warpsPerCTA = \[\d+, (\d+), \d+\]"
+)
+BANKS = 32
+"""Of shared memory, a word wide each."""
 GROUP_PRODUCTS = ("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 """Products of a whole group of warps; the others are a single warp's."""
 PRODUCTS = (*GROUP_PRODUCTS, "HMMA", "IMMA", "DMMA")
@@ -27,8 +33,8 @@ class Resources:
 
     `loop_instructions` of a warp in one pass through every loop, each once (in all of the code if it has no loop),
     `loop_spill_bytes` that a thread moves to and from spilled registers in it, and `loop_exchanges`, single words that
-    a warp passes on through shared memory. Most spills are outside of the loops and cost next to nothing.
-    0 instructions: not known for this target.
+    a warp passes on through shared memory, each as many times as lanes wait for one bank with it. Most spills are
+    outside of the loops and cost next to nothing. 0 instructions: not known for this target.
 
     The loops that hold products walk over tiles, those that every row sees whole and those at an edge, with masks:
     `tile_` and `edge_` figures are of one pass through each, and `outside_` of all other code. Instructions are those
@@ -61,6 +67,8 @@ def read_resources(compiled: Any) -> Resources:
     """The resources of a `triton.compiler.CompiledKernel`."""
     assembly, metadata = compiled.asm, compiled.metadata
     usage = _of_cubin(assembly["cubin"]) if "cubin" in assembly else _of_amdgcn(assembly["amdgcn"])
+    if "loop_exchanges" in usage:
+        usage["loop_exchanges"] *= words_in_a_bank(assembly["ttgir"])
     return Resources(kernel=metadata.name, shared_bytes=metadata.shared, num_warps=metadata.num_warps, **usage)
 
 
@@ -83,6 +91,19 @@ def _of_cubin(cubin: bytes) -> dict[str, Any]:
 def _cuobjdump(option: str, path: str) -> str:
     command = [triton.knobs.nvidia.cuobjdump.path, option, path]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def words_in_a_bank(ttgir: str) -> int:
+    """How many of the words that a warp passes on at a time lie in one bank, from the layout of tiles [C, T, D].
+
+    They are sums over T, which several warps share; 1 if none do. The words of two lanes of a row lie as far apart as
+    there are elements of a lane, times the warps that sum.
+    """
+    ways = [1]
+    for vector, lanes_c, lanes_d, warps in (map(int, sizes) for sizes in DEALT_OUT.findall(ttgir)):
+        if warps > 1:
+            ways.append(lanes_c * lanes_d * math.gcd(BANKS, vector * warps) // BANKS)
+    return max(ways)
 
 
 def loop_costs(code: str) -> tuple[int, int, int]:

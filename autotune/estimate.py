@@ -6,11 +6,12 @@ enough to leave out what is hopeless; what is left is compiled, and ranked by wh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from ..kernels.tunable import Config, Work
+from ..kernels.tunable import Config, Work, padded_dim
 from ..problem import Problem
-from .binary import Resources
+from .binary import BANKS, Resources
 from .compile import Launch
 from .devices import Device
 from .tile_model import GROUP
@@ -21,7 +22,7 @@ ASSUMED_REGISTERS = 90
 EACH_PASS, EACH_SCORE, EACH_LOAD, EACH_PRODUCT, EACH_MASK = 120, 7, 8, 1.6, 7
 """Instructions of a warp in every pass, for each score, load and product of it, and for each score that is masked."""
 ASSUMED_EXCHANGES = 72
-"""Words that a warp hands on in a pass to sum its rows, in a kernel without products, if it has fewer than two."""
+"""Words that a warp passes on in a pass of pooling, where several warps sum over the tokens of a group."""
 ASSUMED_OUTSIDE = 1600
 WARP_PRODUCT = 2 * 16 * 8 * 16
 """Operations of a warp's product."""
@@ -42,7 +43,7 @@ def _code(device: Device, problem: Problem, config: Config, work: Work, launch: 
     """The figures of the loop over tiles; few for one without products, none without a loop or tensor cores."""
     walk = walk_of(launch.kernel, problem, config)
     if walk is not None and not launch.traits.dot_flops:
-        return {"loop_exchanges": ASSUMED_EXCHANGES if walk.rows < 2 * config.num_warps else 0}
+        return {"loop_exchanges": _exchanges(device, problem, config, walk.rows)}
     if walk is None or problem.element_bytes > 2 or not work.exp2:
         return {}
     threads = config.num_warps * device.threads_per_warp
@@ -69,3 +70,18 @@ def _code(device: Device, problem: Problem, config: Config, work: Work, launch: 
         "outside_instructions": ASSUMED_OUTSIDE,
         "group_products": by_group,
     }
+
+
+def _exchanges(device: Device, problem: Problem, config: Config, groups: int) -> int:
+    """Words that are passed on in a pass of pooling, as `Resources` counts them.
+
+    As Triton 3.6 deals a tile [C, T, D] out: 16 bytes of a row to a lane, what lanes are left first to the groups and
+    then to the tokens, and the warps in the same way.
+    """
+    vector = 16 // problem.element_bytes
+    lanes_d = min(device.threads_per_warp, padded_dim(problem.head_dim) // vector)
+    lanes_c = min(device.threads_per_warp // lanes_d, groups)
+    sharing = config.num_warps // min(config.num_warps, groups // lanes_c)
+    if sharing == 1:
+        return 0
+    return ASSUMED_EXCHANGES * max(1, lanes_c * lanes_d * math.gcd(BANKS, vector * sharing) // BANKS)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kernels.tunable import Config, Work, padded_dim
+from ..kernels.tunable import Config, Work
 from ..problem import Problem
 from .binary import Resources
 from .compile import Launch
@@ -34,8 +34,6 @@ from .tile_model import REUSED, STREAMED, Constants, pass_of, smooth_max
 from .walks import Walk, walk_of
 
 SHARED_BYTES_PER_CLOCK = 128
-BANKS = 32
-"""Of shared memory, a word wide each."""
 L2_BYTES_PER_CLOCK = 32
 EXP2_PER_CLOCK = 16
 SOFTMAX_OPERATIONS = 6
@@ -61,7 +59,7 @@ class PoolingConstants:
     start: float
 
 
-POOLED = PoolingConstants(exchange=0.4649, spill=1.587, start=88.69)
+POOLED = PoolingConstants(exchange=0.4635, spill=1.575, start=141.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +163,12 @@ def _alone(
     """What nothing hides in a kernel without products."""
     clocks = device.sm_count * device.clock_mhz
     warps = _passes(problem, config, launch) * resources.num_warps / clocks
-    exchanges = resources.loop_exchanges * _conflicts(device, problem, config, launch)
     spilled = device.threads_per_warp * resources.loop_spill_bytes / SHARED_BYTES_PER_CLOCK
     return {
-        "exchange_us": warps * exchanges * constants.exchange,
+        "exchange_us": warps * resources.loop_exchanges * constants.exchange,
         "spill_us": warps * spilled * constants.spill,
         "start_us": launch.programs * constants.start / (resident * clocks),
     }
-
-
-def _conflicts(device: Device, problem: Problem, config: Config, launch: Launch) -> int:
-    """How many words that a warp hands on at a time lie in one bank, where the warps that share a group's tokens sum.
-
-    Triton deals a tile [C, T, D] out from its end: 16 bytes of a row to a lane, what lanes are left first to the groups
-    and then to the tokens, and the warps in the same way. The words of one lane lie as far apart as there are warps
-    that sum.
-    """
-    walk = walk_of(launch.kernel, problem, config)
-    groups, vector = (1 if walk is None else walk.rows), 16 // problem.element_bytes
-    lanes_d = min(device.threads_per_warp, padded_dim(problem.head_dim) // vector)
-    lanes_c = min(device.threads_per_warp // lanes_d, groups)
-    sharing = config.num_warps // min(config.num_warps, groups // lanes_c)
-    return max(1, lanes_d * lanes_c * math.gcd(BANKS, vector * sharing) // BANKS)
 
 
 def _passes(problem: Problem, config: Config, launch: Launch) -> float:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from cca_attention.autotune.binary import words_in_a_bank
 from cca_attention.autotune.compile import Launch, Sketch
 from cca_attention.autotune.devices import find_device
-from cca_attention.autotune.estimate import estimated
-from cca_attention.autotune.predict import POOLED, predict
+from cca_attention.autotune.estimate import ASSUMED_EXCHANGES, estimated
 from cca_attention.autotune.space import certain_shortage
 from cca_attention.autotune.traits import Traits
 from cca_attention.kernels.pooling import PoolingConfig
@@ -67,8 +67,31 @@ def test_words_that_are_handed_on_wait_for_others_of_their_bank(
 ) -> None:
     problem = replace(PROBLEM, head_dim=head_dim, dtype=dtype)
     config = PoolingConfig(block_c=groups, block_t=16, num_warps=warps, num_stages=1)
-    launch = Launch("pooling_kernel", (1000, 8, 1), replace(TRAITS, dot_flops=0.0, dot_rows=0))
-    resources = replace(estimated(A100, problem, config, WORK, launch), loop_exchanges=10)
-    found = predict(A100, problem, config, WORK, [(launch, resources)], replace(POOLED, exchange=1.0))
-    clocks = found.parts["exchange_us"] * A100.sm_count * A100.clock_mhz
-    assert clocks == pytest.approx(10 * words * warps * launch.programs), "a group of 16 tokens is one pass"
+    launch = Launch("pooling_kernel", (1024, 32, 1), replace(TRAITS, dot_flops=0.0, dot_rows=0))
+    assert estimated(A100, problem, config, WORK, launch).loop_exchanges == ASSUMED_EXCHANGES * words
+
+
+def layout(lanes: tuple[int, int, int], warps: tuple[int, int, int], order: str) -> str:
+    return (
+        f"#blocked = #ttg.blocked<{{sizePerThread = [1, 1, 8], threadsPerWarp = {list(lanes)}, "
+        f"warpsPerCTA = {list(warps)}, order = {order}}}>\n"
+    )
+
+
+ROWS = (
+    "#blocked1 = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [2, 16], warpsPerCTA = [2, 1], order = [1, 0]}>"
+)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "words"),
+    [
+        ("", 1),
+        (layout((2, 1, 16), (2, 1, 1), "[2, 0, 1]"), 1),  # a group is one warp's
+        (layout((1, 2, 16), (1, 2, 1), "[2, 1, 0]"), 8),
+        (layout((2, 1, 16), (1, 4, 1), "[2, 0, 1]"), 32),
+        (layout((2, 1, 16), (2, 1, 1), "[2, 0, 1]") + layout((2, 1, 16), (1, 2, 1), "[2, 0, 1]"), 16),
+    ],
+)
+def test_how_many_words_meet_in_a_bank_is_read_from_the_layout(tiles: str, words: int) -> None:
+    assert words_in_a_bank(tiles + ROWS) == words
