@@ -102,8 +102,13 @@ def words_in_a_bank(ttgir: str) -> int:
     ways = [1]
     for vector, lanes_c, lanes_d, warps in (map(int, sizes) for sizes in DEALT_OUT.findall(ttgir)):
         if warps > 1:
-            ways.append(lanes_c * lanes_d * math.gcd(BANKS, vector * warps) // BANKS)
+            ways.append(in_a_bank(lanes_c * lanes_d, vector * warps))
     return max(ways)
+
+
+def in_a_bank(words: int, apart: int) -> int:
+    """How many of `words` that lie `apart` words from each other share a bank of shared memory."""
+    return max(1, words * math.gcd(BANKS, apart) // BANKS)
 
 
 def loop_costs(code: str) -> tuple[int, int, int]:

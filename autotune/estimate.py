@@ -6,12 +6,11 @@ enough to leave out what is hopeless; what is left is compiled, and ranked by wh
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..kernels.tunable import Config, Work, padded_dim
 from ..problem import Problem
-from .binary import BANKS, Resources
+from .binary import Resources, in_a_bank
 from .compile import Launch
 from .devices import Device
 from .tile_model import GROUP
@@ -84,4 +83,4 @@ def _exchanges(device: Device, problem: Problem, config: Config, groups: int) ->
     sharing = config.num_warps // min(config.num_warps, groups // lanes_c)
     if sharing == 1:
         return 0
-    return ASSUMED_EXCHANGES * max(1, lanes_c * lanes_d * math.gcd(BANKS, vector * sharing) // BANKS)
+    return ASSUMED_EXCHANGES * in_a_bank(lanes_c * lanes_d, vector * sharing)

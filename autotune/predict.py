@@ -50,7 +50,7 @@ SCHEDULERS = 4
 class PoolingConstants:
     """Clocks that nothing hides in kernels without products, fitted as the constants of `tile_model` were.
 
-    exchange: of a single word that a warp passes on through shared memory; spill: of 128 bytes of spilled registers;
+    exchange: of a word that a warp passes on, for each that shares its bank; spill: of 128 bytes of spilled registers;
     start: of a program, shared by the programs of an SM.
     """
 
